@@ -1,0 +1,1 @@
+"""Perceptual MAE image encoders as timm models: importing this package registers them in timm."""
