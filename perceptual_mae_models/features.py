@@ -1,0 +1,350 @@
+"""Images in, features out: any timm encoder as a function from files, Pillow images or arrays to a tensor.
+
+from perceptual_mae_models.features import FeatureExtractor
+
+extractor = FeatureExtractor("vit_pico_patch8_pmae")
+features = extractor(["cat.jpg", "dog.png"])                 # (2, 192), float32, on the CPU
+
+for batch in extractor.stream(find_images(["photos"])):      # any number of images in the memory of one batch
+...
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from perceptual_mae_models.images import ImageError, ImageInput, image_name, open_image
+from perceptual_mae_models.version import __version__
+
+Pool = Literal["avg", "cls", "tokens", "map"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Transform = Callable[[Image.Image], Tensor]
+
+POOLS: tuple[Pool, ...] = ("avg", "cls", "tokens", "map")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+DEFAULT_MODEL = "vit_pico_patch8_pmae"
+
+
+class UnknownModelError(ValueError):
+    """No such model, or no such tag of it; the message names the nearest ones."""
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """What `FeatureExtractor.stream` yields.
+
+    Attributes:
+        names: One name an image; see `images.image_name`.
+        features: Float32 on the CPU, one row a name; shapes as for `FeatureExtractor`.
+        broken: The images among these that could not be read; they have neither name nor row.
+    """
+
+    names: tuple[str, ...]
+    features: Tensor
+    broken: tuple[ImageError, ...]
+
+
+class FeatureExtractor:
+    """A timm encoder with its own transform.
+
+    Pooling, of what `model.forward_features` returns (after the final norm):
+
+    - `avg`: mean of the patch tokens, prefix tokens left out, (N, D);
+    - `cls`: the class token, (N, D);
+    - `tokens`: all tokens, prefix tokens first, (N, L, D);
+    - `map`: the patch tokens on their grid, (N, D, H, W).
+
+    Pooled vectors pass through the model's `fc_norm` where it has one, which is its final norm then. Models without
+    tokens (convolutional ones) have no prefix: their feature map is their patch tokens.
+
+    The transform is the one of the model's configuration: resize, centre crop, mean and standard deviation.
+
+    Reduced precision is autocast: weights, the residual stream and norms stay float32 and only the matrix products are
+    rounded, which is nearer to float32 than a cast model is and as fast on a GPU.
+
+    Attributes:
+        model: The encoder, in evaluation mode on `device`.
+        transform: From an RGB `PIL.Image` to a normalised (3, H, W) float tensor.
+        input_size: (H, W) in pixels.
+        metadata: What produced the features, as strings: model, tag, pool, image size, weights, precision, version.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = DEFAULT_MODEL,
+        pool: Pool = "avg",
+        device: str | torch.device | None = None,
+        dtype: Precision = "float32",
+        checkpoint: str | Path | None = None,
+        pretrained: bool = True,
+    ) -> None:
+        """Builds the encoder.
+
+        Args:
+            model: A timm name (`arch` or `arch.tag`), an `hf-hub:` or `local-dir:` id, or a timm module that is built
+                already; the module itself is moved to `device` and put in evaluation mode.
+            pool: See the class.
+            device: By default a module's own device, and for a name "cuda" where there is one, else "cpu".
+            dtype: "float32", "bfloat16" or "float16" arithmetic. Features are float32 whichever it is.
+            checkpoint: A weights file to load in place of the published weights.
+            pretrained: False leaves the weights random; a checkpoint is loaded all the same.
+
+        Raises:
+            UnknownModelError: timm has no model or tag of this name.
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: An argument is not one of its choices, the model has no class token to pool, or a given module
+                says nothing about its transform, or comes with a checkpoint.
+        """
+        if pool not in POOLS:
+            raise ValueError(f"pool is one of {', '.join(POOLS)}, not {pool!r}")
+        if dtype not in PRECISIONS:
+            raise ValueError(f"dtype is one of {', '.join(PRECISIONS)}, not {dtype!r}")
+        # Any: what timm adds to nn.Module (pretrained_cfg, forward_features, ...) has no type.
+        self.model: Any = _build(model, checkpoint, pretrained)
+        architecture = str(self.model.pretrained_cfg.get("architecture") or type(self.model).__name__)
+        if pool == "cls" and getattr(self.model, "cls_token", None) is None:
+            raise ValueError(f"{architecture} has no class token; use pool='avg'")
+        if device is None:
+            device = _own_device(self.model) if isinstance(model, nn.Module) else default_device()
+        self.device = torch.device(device)
+        self.model.to(self.device).eval()
+        self.pool = pool
+        self.dtype = dtype
+
+        data_config = resolve_model_data_config(self.model)  # type: ignore[no-untyped-call]
+        # The configuration speaks of the pretrained weights; a model built with another img_size takes only that one.
+        built_for = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        if built_for is not None:
+            data_config["input_size"] = (3, *built_for)
+        self.input_size: tuple[int, int] = tuple(data_config["input_size"][1:])
+        self.transform: Transform = create_transform(**data_config)
+        self.metadata = {
+            "model": architecture,
+            "tag": str(self.model.pretrained_cfg.get("tag") or ""),
+            "weights": _origin(model, checkpoint, pretrained),
+            "pool": pool,
+            "image_size": "x".join(map(str, self.input_size)),
+            "dtype": dtype,
+            "perceptual_mae_models": __version__,
+        }
+
+    @cached_property
+    def feature_shape(self) -> tuple[int, ...]:
+        """Shape of one image's features: (D,), (L, D) or (D, H, W)."""
+        return tuple(self.encode(torch.zeros(1, 3, *self.input_size)).shape[1:])
+
+    def __call__(self, images: ImageInput | Iterable[ImageInput], batch_size: int = 64, workers: int = 0) -> Tensor:
+        """Computes the features of all images.
+
+        Args:
+            images: One image or several: paths, Pillow images, arrays; see `images.open_image`.
+            batch_size: Images a forward pass; it decides memory and speed, not the result.
+            workers: Processes that decode, 0 for none; with workers `images` must have a length.
+
+        Returns:
+            Float32 on the CPU, a row an image in the given order: (N, D), (N, L, D) or (N, D, H, W).
+
+        Raises:
+            ImageError: An image cannot be read.
+            ValueError: No images, or an impossible number of workers or images a batch.
+        """
+        rows = [batch.features for batch in self.stream(images, batch_size, workers)]
+        if not rows:
+            raise ValueError("no images")
+        return torch.cat(rows)
+
+    def stream(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        batch_size: int = 64,
+        workers: int = 0,
+        skip_broken: bool = False,
+    ) -> Iterator[FeatureBatch]:
+        """Computes features batch by batch, in order, holding one batch (and with workers, two each) in memory.
+
+        Args:
+            images: As for calling; without workers also a generator, which is read as it is needed.
+            batch_size: As for calling.
+            workers: As for calling.
+            skip_broken: Report unreadable images in `FeatureBatch.broken` rather than raising.
+
+        Yields:
+            A `FeatureBatch` for each `batch_size` images; fewer rows where images are broken, perhaps none.
+
+        Raises:
+            ImageError: The first image that cannot be read, unless `skip_broken`.
+            ValueError: As for calling.
+        """
+        if batch_size < 1 or workers < 0:
+            raise ValueError(f"batch_size is at least 1 and workers at least 0, not {batch_size} and {workers}")
+        if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]
+        if workers == 0:
+            return self._encode_all(_load_here(images, batch_size, self.transform), skip_broken)
+        if not isinstance(images, Sequence | np.ndarray):
+            raise ValueError("workers need a list of images: a generator can only be read here, with workers=0")
+        batches = _Batches(images, batch_size, self.transform)
+        return self._encode_all(DataLoader(batches, batch_size=None, num_workers=workers), skip_broken)
+
+    def _encode_all(self, batches: Iterable["_Loaded"], skip_broken: bool) -> Iterator[FeatureBatch]:
+        for batch in batches:
+            if batch.broken and not skip_broken:
+                raise batch.broken[0]
+            features = self.encode(batch.pixels) if batch.names else torch.empty(0, *self.feature_shape)
+            yield FeatureBatch(batch.names, features, batch.broken)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Computes the features of transformed images.
+
+        Args:
+            pixels: (N, 3, H, W), what `transform` returns.
+
+        Returns:
+            Float32 on the CPU: (N, D), (N, L, D) or (N, D, H, W).
+        """
+        precision = getattr(torch, self.dtype)
+        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
+            encoded = self.model.forward_features(pixels.to(self.device)).float()
+            return self._pool(encoded, self._grid(encoded, pixels)).float().cpu()
+
+    def _grid(self, encoded: Tensor, pixels: Tensor) -> tuple[int, int]:
+        if encoded.ndim == 4:
+            height, width = encoded.shape[1:3] if self._channels_last else encoded.shape[2:]
+            return height, width
+        patch = self.model.patch_embed.patch_size
+        return pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]
+
+    @property
+    def _channels_last(self) -> bool:
+        return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+
+    def _pool(self, encoded: Tensor, grid: tuple[int, int]) -> Tensor:
+        prefix = 0
+        if encoded.ndim == 3:
+            prefix = getattr(self.model, "num_prefix_tokens", 0)
+        elif self._channels_last:
+            encoded = encoded.flatten(1, 2)
+        else:
+            encoded = encoded.flatten(2).transpose(1, 2)
+
+        if self.pool == "tokens":
+            return encoded
+        if self.pool == "map":
+            return encoded[:, prefix:].transpose(1, 2).reshape(len(encoded), -1, *grid)
+        pooled = encoded[:, 0] if self.pool == "cls" else encoded[:, prefix:].mean(dim=1)
+        final_norm: nn.Module = getattr(self.model, "fc_norm", nn.Identity())
+        normalised: Tensor = final_norm(pooled)
+        return normalised
+
+
+def default_device() -> str:
+    """Names the device that features are computed on unless another is asked for."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_model_name(name: str) -> None:
+    """Raises `UnknownModelError`, naming the nearest ones, unless timm has this model and tag.
+
+    Names that begin with a source (`hf-hub:`, `local-dir:`) are not looked at.
+    """
+    if ":" in name:
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
+        advice = f"the nearest names are {', '.join(near)}" if near else "`pmae list` and timm.list_models() name them"
+        raise UnknownModelError(f"unknown model {name!r}; {advice}")
+    tagged = timm.list_models(f"{architecture}.*", include_tags=True)
+    if tag and name not in tagged:
+        raise UnknownModelError(f"{architecture} has no tag {tag!r}; there are {', '.join(tagged)}")
+
+
+def _build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bool) -> Any:
+    if isinstance(model, nn.Module):
+        if checkpoint is not None:
+            raise ValueError("a checkpoint goes with a model's name; load it into the module that you pass")
+        if not getattr(model, "pretrained_cfg", None):
+            raise ValueError(f"{type(model).__name__} has no pretrained_cfg to take a transform from; build it by timm")
+        return model
+    check_model_name(model)
+    overlay = None
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
+        overlay = {"file": str(checkpoint)}
+    # Not num_classes=0: where that differs from the configuration timm loads unstrictly, and a checkpoint with foreign
+    # keys would leave random weights without a word. The classifier, if there is one, is loaded and not used.
+    return timm.create_model(model, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
+
+
+def _own_device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _origin(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bool) -> str:
+    if isinstance(model, nn.Module):
+        return "module"
+    if checkpoint is not None:
+        return Path(checkpoint).name
+    return "pretrained" if pretrained else "random"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A batch between decoding and encoding: (n, 3, H, W) normalised pixels, and what could not be read, as data."""
+
+    names: tuple[str, ...]
+    pixels: Tensor
+    broken: tuple[ImageError, ...]
+
+
+def _load(numbered: Iterable[tuple[int, ImageInput]], transform: Transform) -> _Loaded:
+    names, pixels, broken = [], [], []
+    for index, image in numbered:
+        name = image_name(image, index)
+        try:
+            rgb = open_image(image)
+        except ImageError as error:
+            broken.append(ImageError(name, error.reason))
+            continue
+        names.append(name)
+        pixels.append(transform(rgb))
+    return _Loaded(tuple(names), torch.stack(pixels) if pixels else torch.empty(0), tuple(broken))
+
+
+def _load_here(images: Iterable[ImageInput], batch_size: int, transform: Transform) -> Iterator[_Loaded]:
+    numbered = enumerate(images)
+    while batch := list(islice(numbered, batch_size)):
+        yield _load(batch, transform)
+
+
+class _Batches(Dataset[_Loaded]):
+    """Whole batches as items: one message a batch from a worker, and broken images cost no collating."""
+
+    def __init__(self, images: Sequence[Any] | NDArray[Any], batch_size: int, transform: Transform) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __getitem__(self, index: int) -> _Loaded:
+        start = index * self.batch_size
+        return _load(enumerate(self.images[start : start + self.batch_size], start), self.transform)

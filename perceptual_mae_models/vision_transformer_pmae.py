@@ -1,0 +1,182 @@
+"""The encoders as timm models: architectures, pretrained tags, and every fact that timm needs about them.
+
+Each encoder is timm's plain `VisionTransformer` (no subclass, so that keys, pickles and exports stay native) whose
+position embedding starts as MAE's sine-cosine code. `timm.create_model` takes all its usual arguments.
+
+A tag is `<method>_<data>`. The first tag of an architecture is its default: the method expected to be the best one.
+`vit_pico_patch8_pmae` is the exception: its default is `mae_imagenette`, because those weights come inside the package
+and a default that cannot be loaded would serve nobody.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
+
+from .pos_embed import build_2d_sincos_pos_embed
+from .weights import NOT_PUBLISHED, checkpoint_filter_fn, explain_unreadable_weights
+
+__all__: list[str] = []  # a list because timm's `register_model` appends to it
+
+_HUB_ORGANISATION = "perceptual-mae"
+_EMBEDDED = Path(__file__).parent / "pretrained"
+
+_PERCEPTUAL_MAE_PAPER = {
+    "paper_name": "Improving Visual Representation Learning through Perceptual Understanding",
+    "paper_ids": "arXiv:2212.14504",
+}
+_MAE_PAPER = {
+    "paper_name": "Masked Autoencoders Are Scalable Vision Learners",
+    "paper_ids": "arXiv:2111.06377",
+}
+# Best method first: timm makes the first tag of an architecture its default.
+_PAPER_OF_METHOD = {
+    "stylegan2_ada_p": _PERCEPTUAL_MAE_PAPER,
+    "msg_gan_p": _PERCEPTUAL_MAE_PAPER,
+    "ls_gan_p": _PERCEPTUAL_MAE_PAPER,
+    "ms_ssim": _PERCEPTUAL_MAE_PAPER,
+    "mae": _MAE_PAPER,
+}
+_COMMON_FACTS = {
+    "num_classes": 0,
+    "pool_size": None,
+    "fixed_input_size": True,
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    # Without a file name timm asks the Hub for two files, and a dead network costs a minute of retries.
+    "hf_hub_filename": "model.safetensors",
+}
+
+
+def _method_cfgs(architecture: str, data: str, image_size: int) -> dict[str, dict[str, Any]]:
+    """Give the facts of the five methods' weights for one architecture, best method first."""
+    return {
+        f"{architecture}.{method}_{data}": {
+            **_COMMON_FACTS,
+            **paper,
+            "input_size": (3, image_size, image_size),
+            "hf_hub_id": f"{_HUB_ORGANISATION}/{architecture}.{method}_{data}",
+            "license": "apache-2.0",
+            "notes": (NOT_PUBLISHED,),
+        }
+        for method, paper in _PAPER_OF_METHOD.items()
+    }
+
+
+def _facebook_mae_cfg(timm_name: str) -> dict[str, Any]:
+    """Give the facts of the MAE authors' own weights, which timm hosts with native keys."""
+    return {
+        **_COMMON_FACTS,
+        **_MAE_PAPER,
+        "input_size": (3, 224, 224),
+        "hf_hub_id": f"timm/{timm_name}",
+        "license": "cc-by-nc-4.0",
+        "origin_url": "https://github.com/facebookresearch/mae",
+    }
+
+
+_PICO_CFGS = _method_cfgs("vit_pico_patch8_pmae", "imagenette", 64)
+_PICO_MAE_CFG = {
+    **_PICO_CFGS.pop("vit_pico_patch8_pmae.mae_imagenette"),
+    "file": str(_EMBEDDED / "vit_pico_patch8_pmae.mae_imagenette.safetensors"),
+    "notes": None,
+}
+
+# `register_model` looks this name up when it decorates, so it has to stand above the entry points.
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_pico_patch8_pmae.mae_imagenette": _PICO_MAE_CFG,
+        **_PICO_CFGS,
+        **_method_cfgs("vit_tiny_patch16_pmae", "in1k", 224),
+        **_method_cfgs("vit_small_patch16_pmae", "in1k", 224),
+        **_method_cfgs("vit_base_patch16_pmae", "in1k", 224),
+        "vit_base_patch16_pmae.fb_mae_in1k": _facebook_mae_cfg("vit_base_patch16_224.mae"),
+        **_method_cfgs("vit_large_patch16_pmae", "in1k", 224),
+        "vit_large_patch16_pmae.fb_mae_in1k": _facebook_mae_cfg("vit_large_patch16_224.mae"),
+        **_method_cfgs("vit_huge_patch14_pmae", "in1k", 224),
+        "vit_huge_patch14_pmae.fb_mae_in1k": _facebook_mae_cfg("vit_huge_patch14_224.mae"),
+    }
+)
+
+
+def _vision_transformer(**kwargs: Any) -> VisionTransformer:
+    """Build timm's `VisionTransformer` with MAE's position embedding in place of timm's random one."""
+    model = VisionTransformer(**kwargs)
+    if model.pos_embed is not None:
+        patch_codes = build_2d_sincos_pos_embed(model.embed_dim, model.patch_embed.grid_size)
+        num_prefix_rows = model.pos_embed.shape[1] - patch_codes.shape[1]
+        with torch.no_grad():
+            model.pos_embed[:, :num_prefix_rows].zero_()
+            model.pos_embed[:, num_prefix_rows:].copy_(patch_codes)
+    return model
+
+
+def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    # timm does this only for a fixed input size, which a saved dynamic_img_size model no longer declares.
+    kwargs.setdefault("img_size", cfg.input_size[-2:])
+    pools_patches = kwargs.get("global_pool") in ("avg", "avgmax", "max")
+    if pools_patches and kwargs.get("num_classes", cfg.num_classes) == 0:
+        # timm would replace the pretrained final norm by a new one after the pooling, which belongs to a head.
+        kwargs.setdefault("fc_norm", False)
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    with explain_unreadable_weights(cfg):
+        return build_model_with_cfg(
+            _vision_transformer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=feature_cfg,
+            **kwargs,
+        )
+
+
+@register_model
+def vit_pico_patch8_pmae(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Pico encoder for 64 x 64 images, 3.6 M parameters: small enough to train and to ship in the package."""
+    model_args = {"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3}
+    return _create_encoder("vit_pico_patch8_pmae", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vit_tiny_patch16_pmae(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-Ti/16 encoder for 224 x 224 images, 5.5 M parameters."""
+    model_args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create_encoder("vit_tiny_patch16_pmae", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vit_small_patch16_pmae(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-S/16 encoder for 224 x 224 images, 22 M parameters."""
+    model_args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create_encoder("vit_small_patch16_pmae", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vit_base_patch16_pmae(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-B/16 encoder for 224 x 224 images, 86 M parameters: the paper's main model."""
+    model_args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create_encoder("vit_base_patch16_pmae", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vit_large_patch16_pmae(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-L/16 encoder for 224 x 224 images, 303 M parameters."""
+    model_args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+    return _create_encoder("vit_large_patch16_pmae", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def vit_huge_patch14_pmae(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-H/14 encoder for 224 x 224 images, 631 M parameters."""
+    model_args = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+    return _create_encoder("vit_huge_patch14_pmae", pretrained, **{**model_args, **kwargs})

@@ -1,0 +1,308 @@
+"""Where encoder tensors come from: checkpoints of any wrapping are read strictly, failures are explained.
+
+timm loads with `strict=False` as soon as the number of classes differs from the checkpoint's, so that a checkpoint with
+unexpected key names leaves a random encoder without a word. `checkpoint_filter_fn` closes that hole: an encoder is
+loaded whole or not at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import pickle
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from timm.layers.patch_embed import resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import PretrainedCfg, adapt_input_conv, get_arch_pretrained_cfgs, list_models
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+NOT_PUBLISHED = "weights not published yet"
+"""Stands in the `notes` of a pretrained cfg whose weights exist neither on the Hub nor in the package."""
+
+# What may stand before an encoder's own names, in any order and number: containers of training scripts, wrappers of
+# torch (DDP, AveragedModel, compile), and the places of the encoder in our own training networks.
+_WRAPPERS = frozenset(
+    {"state_dict", "state_dict_ema", "model", "model_ema", "ema", "module", "_orig_mod", "generator", "encoder"}
+)
+_EMA_WRAPPERS = frozenset({"state_dict_ema", "model_ema", "ema"})
+# The first part of every name a timm VisionTransformer can have; other names are decoders, discriminators, optimisers.
+_HEAD_PARTS = frozenset({"head", "fc_norm", "attn_pool"})
+_TOKEN_PARTS = frozenset({"cls_token", "reg_token", "pos_embed"})
+_BODY_PARTS = frozenset({"patch_embed", "norm_pre", "blocks"})
+_ENCODER_PARTS = _BODY_PARTS | _TOKEN_PARTS | _HEAD_PARTS | {"norm"}
+
+_PATCH_WEIGHT = "patch_embed.proj.weight"
+# Older timm adapts the first convolution from three channels only, and leaves it random otherwise.
+_TIMM_ADAPTS_ANY_CHANNELS = "base_chans" in inspect.signature(adapt_input_conv).parameters
+
+# The HTTP client's own base error (requests, httpx or httpx2, by the version of huggingface_hub): a proxy that fails or
+# a connection that drops half-way reaches us as that, everything else from the Hub or the disk as an OSError.
+_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint was read, but it does not hold the encoder that it should."""
+
+
+class WeightsUnavailableError(RuntimeError):
+    """Pretrained weights could not be reached: no network, no such repository, no access, or no such file."""
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+    """Find the encoder in a checkpoint and fit it to the model, all of it or with an error.
+
+    Containers and prefixes (`state_dict`, `model`, `model_ema`, `module.`, `_orig_mod.`, `generator.`, `encoder.`, …,
+    in any nesting) are taken off, and decoder, discriminator and optimiser tensors are left out. Averaged (EMA)
+    weights are preferred where a checkpoint holds both, as timm does. The position embedding and the patch embedding
+    are resampled to the model's grid and patch size. Parts that the model was built without (class token, final norm,
+    position embedding) are left out; register tokens that the checkpoint lacks keep their initial value, with a
+    warning. A class head is loaded when its shape fits the model, even where timm would discard it because the
+    pretrained cfg declares another number of classes; any other head keeps its initial value.
+
+    Args:
+        state_dict: A checkpoint: tensors by name, wrapped or not.
+        model: The model to load into. Only its head is written to.
+
+    Returns:
+        Tensors by the model's own names, ready for `model.load_state_dict`; only the input channels of the patch
+        embedding may still differ, which timm adapts afterwards.
+
+    Raises:
+        CheckpointError: If an encoder tensor is missing, belongs to a different encoder or cannot be fitted.
+    """
+    wanted = model.state_dict()
+    tensors = _find_encoder(state_dict, model, wanted)
+    _check_shapes(tensors, model, wanted)
+    encoder = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    if model.pos_embed is not None:
+        encoder.update(_fit_position_embedding(tensors, model))
+    if model.reg_token is not None and "reg_token" not in tensors:
+        _logger.warning("The checkpoint has no register tokens: they keep their initial value.")
+        encoder.setdefault("reg_token", model.reg_token.detach())
+    kernel_size = wanted[_PATCH_WEIGHT].shape[-2:]
+    if encoder[_PATCH_WEIGHT].shape[-2:] != kernel_size:
+        encoder[_PATCH_WEIGHT] = resample_patch_embed(encoder[_PATCH_WEIGHT].float(), list(kernel_size))
+    _load_fitting_head(encoder, model, wanted)
+    return encoder
+
+
+@contextmanager
+def explain_unreadable_weights(cfg: PretrainedCfg) -> Iterator[None]:
+    """Turn the many errors of unreachable or broken weights into one that says what was sought and what to do.
+
+    Args:
+        cfg: The pretrained cfg whose weights are loaded inside the `with` block.
+
+    Raises:
+        WeightsUnavailableError: If the weights cannot be reached on the Hub or on the disk.
+        CheckpointError: If the file was found but is not a checkpoint.
+    """
+    try:
+        yield
+    except (OSError, _TRANSPORT_ERROR) as error:
+        raise WeightsUnavailableError(_describe_unavailable(cfg, error)) from error
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(
+            f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
+            f" checkpoint ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _find_encoder(
+    state_dict: Mapping[str, Any], model: VisionTransformer, wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Choose the one complete set of encoder tensors among everything the checkpoint holds."""
+    checkpoint = dict(_flatten(state_dict))
+    candidates: defaultdict[tuple[str, ...], dict[str, Tensor]] = defaultdict(dict)
+    for full_name, tensor in checkpoint.items():
+        wrappers, name = _split_wrappers(full_name)
+        if name.split(".")[0] in _ENCODER_PARTS:
+            candidates[wrappers][name] = tensor
+
+    optional = _HEAD_PARTS | {"reg_token"}
+    required = [name for name in wanted if name.split(".")[0] not in optional]
+    complete = {path: group for path, group in candidates.items() if group.keys() >= set(required)}
+    averaged = {path: group for path, group in complete.items() if not _EMA_WRAPPERS.isdisjoint(path)}
+    chosen = averaged or complete
+    title = f"encoder of {getattr(model, 'pretrained_cfg', {}).get('architecture', 'this model')}"
+    if not chosen:
+        closest = max(candidates.values(), key=lambda group: len(group.keys() & set(required)), default={})
+        missing = [name for name in required if name not in closest]
+        raise CheckpointError(
+            f"The checkpoint does not hold a complete {title}: {len(missing)} of its {len(required)} tensors are"
+            f" missing ({_shorten(missing)}). Found {len(checkpoint)} tensors ({_shorten(checkpoint)})."
+        )
+    if len(chosen) > 1:
+        places = [".".join(path) or "the top level" for path in chosen]
+        raise CheckpointError(f"The checkpoint holds more than one {title}, at {_shorten(places)}: keep only one.")
+
+    (tensors,) = chosen.values()
+    surplus = [name for name in tensors if name.split(".")[0] in _BODY_PARTS and name not in wanted]
+    if surplus:
+        raise CheckpointError(
+            f"The checkpoint is of another model than the {title}: it also holds {len(surplus)} encoder tensors that"
+            f" this model has no place for ({_shorten(surplus)})."
+        )
+    return tensors
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Walk nested containers; names are joined by dots, so that containers and prefixes become the same thing."""
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _split_wrappers(full_name: str) -> tuple[tuple[str, ...], str]:
+    parts = full_name.split(".")
+    depth = 0
+    while depth < len(parts) - 1 and parts[depth] in _WRAPPERS:
+        depth += 1
+    return tuple(parts[:depth]), ".".join(parts[depth:])
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that neither we nor timm can bring to the model's shape."""
+    problems = []
+    for name, target in wanted.items():
+        if name not in tensors or name.split(".")[0] in _HEAD_PARTS:
+            continue
+        found = tensors[name].shape
+        if name == _PATCH_WEIGHT:  # kernel and channels can be adapted
+            fits = len(found) == 4 and found[0] == target.shape[0]
+        elif name == "pos_embed":  # the number of tokens can be adapted
+            fits = len(found) == 3 and found[0] == 1 and found[2] == target.shape[2]
+        else:
+            fits = found == target.shape
+        if not fits:
+            problems.append(f"{name} is {tuple(found)}, the model needs {tuple(target.shape)}")
+    if problems:
+        raise CheckpointError(f"The checkpoint is of another model, its shapes differ: {_shorten(problems, '; ')}.")
+
+    channels, model_channels = tensors[_PATCH_WEIGHT].shape[1], wanted[_PATCH_WEIGHT].shape[1]
+    declared = getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0]
+    if channels not in (declared, model_channels) or (channels != 3 and not _TIMM_ADAPTS_ANY_CHANNELS):
+        raise CheckpointError(
+            f"{_PATCH_WEIGHT} takes {channels} channels, the pretrained cfg declares {declared} and the model"
+            f" takes {model_channels}. Declare the checkpoint's own with pretrained_cfg_overlay=dict(file=…,"
+            f" input_size=({channels}, height, width)) on a recent timm, or load an unwrapped checkpoint that needs no"
+            " adapting with checkpoint_path=…"
+        )
+
+
+def _fit_position_embedding(tensors: Mapping[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
+    """Bring the position embedding to the model's grid and prefix tokens.
+
+    Returns:
+        `pos_embed`, and for a model whose prefix tokens have no position (`no_embed_class`) the tokens themselves with
+        the checkpoint's rows added to them, which computes the same.
+    """
+    source = tensors["pos_embed"]
+    num_prefix, grid = _position_layout(tensors, model)
+    rows, patches = source[:, :num_prefix], source[:, num_prefix:]
+    new_grid = tuple(model.patch_embed.grid_size)
+    if grid != new_grid:
+        patches = resample_abs_pos_embed(patches, list(new_grid), list(grid), num_prefix_tokens=0)
+
+    class_row = rows[:, :1] if num_prefix and "cls_token" in tensors else source.new_zeros(1, 1, source.shape[2])
+    register_rows = rows[:, 1:] if "cls_token" in tensors else rows
+    if register_rows.shape[1] != model.num_reg_tokens:
+        register_rows = source.new_zeros(1, model.num_reg_tokens, source.shape[2])
+    prefix_rows = {}
+    if model.cls_token is not None:
+        prefix_rows["cls_token"] = class_row
+    if model.reg_token is not None:
+        prefix_rows["reg_token"] = register_rows
+    if not model.no_embed_class:
+        return {"pos_embed": torch.cat([*prefix_rows.values(), patches], dim=1)}
+    tokens = {name: tensors[name] + row for name, row in prefix_rows.items() if name in tensors}
+    return {"pos_embed": patches, **tokens}
+
+
+def _position_layout(tensors: Mapping[str, Tensor], model: VisionTransformer) -> tuple[int, tuple[int, int]]:
+    """Tell how many rows of the checkpoint's position embedding are prefix tokens, and the grid of the others.
+
+    A checkpoint does not say so. The grid of the pretrained cfg is tried first, then the model's own, then a square;
+    prefix rows are either all there or (`no_embed_class`) none.
+    """
+    length = tensors["pos_embed"].shape[1]
+    num_tokens = sum(tensors[name].shape[1] for name in ("cls_token", "reg_token") if name in tensors)
+    height, width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
+    patch_height, patch_width = tensors[_PATCH_WEIGHT].shape[-2:]
+    for rows, columns in ((height // patch_height, width // patch_width), model.patch_embed.grid_size):
+        for num_prefix in (num_tokens, 0):
+            if rows * columns == length - num_prefix:
+                return num_prefix, (rows, columns)
+    for num_prefix in (num_tokens, 0):
+        side = math.isqrt(max(length - num_prefix, 0))
+        if side and side * side == length - num_prefix:
+            return num_prefix, (side, side)
+    raise CheckpointError(
+        f"pos_embed has {length} tokens: no square grid, with or without {num_tokens} prefix tokens, and not the grid"
+        " of the pretrained cfg. Declare the checkpoint's image size with pretrained_cfg_overlay=dict(file=…,"
+        " input_size=(3, height, width))."
+    )
+
+
+def _load_fitting_head(encoder: Mapping[str, Tensor], model: VisionTransformer, wanted: Mapping[str, Tensor]) -> None:
+    """Load the class head here, because timm drops it when the pretrained cfg declares no classes."""
+    head = {name: tensor for name, tensor in encoder.items() if name.startswith("head.")}
+    if head and all(tensor.shape == wanted[name].shape for name, tensor in head.items()):
+        model.load_state_dict(head, strict=False)
+
+
+def _describe_unavailable(cfg: PretrainedCfg, error: Exception) -> str:
+    name, architecture = _model_name(cfg), cfg.architecture
+    reason = " ".join(str(error).split()) or "no such file"
+    lines = [f"The weights of {name} could not be read from {_location(cfg)} ({type(error).__name__}: {reason})."]
+    if NOT_PUBLISHED in (cfg.notes or ()):
+        available = _available_weights()
+        available.sort(key=lambda other: not other.startswith(f"{architecture}."))
+        lines.append(f"They are not published yet. Weights that can be had today: {', '.join(available)}.")
+    lines += [
+        "Ways out:",
+        "- set HF_HUB_CACHE to a Hub cache that holds them, and HF_HUB_OFFLINE=1 to use it without a network;",
+        f"- load a local file: timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file=…));",
+        f"- train them: python training/pretrain.py mae --data DIR --model {architecture} --out DIR;",
+        "- pass pretrained=False for an encoder that is random on purpose.",
+    ]
+    return "\n".join(lines)
+
+
+def _available_weights() -> list[str]:
+    return [
+        name
+        for architecture in list_models(module="vision_transformer_pmae")
+        for name, cfg in get_arch_pretrained_cfgs(architecture).items()
+        if NOT_PUBLISHED not in (cfg.notes or ())
+    ]
+
+
+def _model_name(cfg: PretrainedCfg) -> str:
+    return f"{cfg.architecture}.{cfg.tag}" if cfg.tag else f"{cfg.architecture}"
+
+
+def _location(cfg: PretrainedCfg) -> str:
+    if cfg.file:
+        return f"the file {cfg.file}"
+    if cfg.hf_hub_id:
+        return f"the Hugging Face Hub repository {cfg.hf_hub_id}, file {cfg.hf_hub_filename or 'model.safetensors'}"
+    return f"{cfg.url}"
+
+
+def _shorten(names: Mapping[str, Any] | list[str], separator: str = ", ") -> str:
+    shown = list(names)[:5]
+    return separator.join(shown) + (f"{separator}…" if len(names) > len(shown) else "") if shown else "none"

@@ -1,0 +1,1 @@
+"""The engine: seeds, schedules, checkpoints and logs. It knows nothing of the method."""

@@ -1,0 +1,63 @@
+"""The run folder: one run, one recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.run.checkpoint import newest_checkpoint
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message says what to do instead."""
+
+
+def find_checkpoint(out: Path, description: dict[str, Any], *, resume: bool) -> Path | None:
+    """Look into a run folder before anything is written to it.
+
+    Args:
+        out: The run folder, which need not exist.
+        description: What `recipe.json` would record.
+        resume: Go on if the folder holds a run.
+
+    Returns:
+        The checkpoint to go on from, or None for a fresh start.
+
+    Raises:
+        RunError: If the folder holds a run and `resume` is not set, or a run of another recipe or other data.
+    """
+    path = out / "recipe.json"
+    if not path.exists():
+        return None
+    if not resume:
+        raise RunError(f"{out} already holds a run: pass --resume auto to go on with it, or another --out")
+    _require_same(json.loads(path.read_text()), json.loads(json.dumps(description)), out)
+    return newest_checkpoint(out / "checkpoints")
+
+
+def create_run_folder(out: Path, description: dict[str, Any]) -> None:
+    """Create a run folder, or leave an existing one as it is.
+
+    Args:
+        out: The run folder.
+        description: JSON-able; what `recipe.json` records. Its "recipe" and "data" decide the result and must not
+            change when the run is resumed.
+    """
+    for folder in ("checkpoints", "grids"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    if not (out / "recipe.json").exists():
+        partial = out / ".partial_recipe.json"
+        partial.write_text(json.dumps(description, indent=2) + "\n")
+        partial.replace(out / "recipe.json")
+
+
+def _require_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    differences = [
+        f"{section}.{key}: was {old[section].get(key)!r}, now {new[section].get(key)!r}"
+        for section in ("recipe", "data")
+        for key in sorted({*old[section], *new[section]})
+        if old[section].get(key) != new[section].get(key)
+    ]
+    if differences:
+        raise RunError(
+            f"{out} was started otherwise ({'; '.join(differences)}): give the same values, or another --out"
+        )

@@ -1,0 +1,154 @@
+"""What happens between steps: metrics, pictures, checkpoints, and stopping a run that went wrong."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from training.run.checkpoint import save_checkpoint
+from training.run.folder import RunError
+from training.run.log import MetricsLog, RunningMeans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """How often, in steps; 0 means never."""
+
+    log: int
+    checkpoint: int
+    grid: int
+
+
+class RunRecord:
+    """Keeps a run's folder up to date. One per process; only the main process writes.
+
+    Args:
+        out: The run folder.
+        accelerator: The engine, for sums over processes.
+        modules: Networks that a checkpoint holds.
+        optimizers: Optimisers that a checkpoint holds.
+        progress: `step`, `seconds` and `broken` so far.
+        total_steps: Steps of the whole run.
+        batch_size: Images a step over all processes.
+        intervals: How often to log, checkpoint and draw.
+        keep: Checkpoints to keep.
+        max_broken: Stop when a larger share of the images did not decode.
+        draw: Writes a picture to the given path.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        accelerator: Accelerator,
+        modules: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        progress: dict[str, Any],
+        *,
+        total_steps: int,
+        batch_size: int,
+        intervals: Intervals,
+        keep: int,
+        max_broken: float,
+        draw: Callable[[Path], None],
+    ) -> None:
+        self.out, self.accelerator = out, accelerator
+        self.modules, self.optimizers = modules, optimizers
+        self.total_steps, self.batch_size = total_steps, batch_size
+        self.intervals, self.keep, self.max_broken, self.draw = intervals, keep, max_broken, draw
+        self.step: int = progress["step"]
+        self.broken: float = progress["broken"]
+        self.started = time.monotonic() - progress["seconds"]
+        self.last_log = (time.monotonic(), self.step)
+        self.newly_broken = 0
+        self.metrics: dict[str, float] = progress.get("metrics", {})
+        self.means = RunningMeans()
+        self.log = MetricsLog(
+            out / "metrics.jsonl", start_step=self.step, total_steps=total_steps, enabled=accelerator.is_main_process
+        )
+        if self.step == 0 and intervals.grid:
+            self._draw()
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run has to know: place, seconds spent, broken images met, last metrics."""
+        seconds = time.monotonic() - self.started
+        return {"step": self.step, "seconds": seconds, "broken": self.broken, "metrics": self.metrics}
+
+    def after_step(self, scalars: dict[str, Tensor], lr: float, broken: list[str]) -> None:
+        """Note a finished step.
+
+        Args:
+            scalars: Detached scalars of this process, averaged into the next log line.
+            lr: The step's learning rate.
+            broken: Names of images that did not decode.
+
+        Raises:
+            RunError: If a loss or gradient is not finite, or too many images are broken.
+        """
+        self.step += 1
+        self.means.add(scalars)
+        self.newly_broken += len(broken)
+        for name in broken:
+            self.log.note(f"skipped an image that does not decode: {name}")
+        self.log.advance()
+        last = self.step == self.total_steps
+        checkpoint = last or _due(self.step, self.intervals.checkpoint)
+        # what a checkpoint holds was looked at first: a line of metrics comes with each
+        if checkpoint or _due(self.step, self.intervals.log):
+            self._report(lr)
+        if last or _due(self.step, self.intervals.grid):
+            self._draw()
+        if checkpoint:
+            self._checkpoint()
+
+    def close(self) -> dict[str, Any]:
+        """Finish the log; returns the progress."""
+        self.log.close()
+        return self.progress
+
+    def _report(self, lr: float) -> None:
+        names, means = self.means.pop()
+        means = self.accelerator.reduce(means, reduction="mean")
+        broken = torch.tensor(float(self.newly_broken), device=self.accelerator.device)
+        self.broken += self.accelerator.reduce(broken, reduction="sum").item()
+        self.newly_broken = 0
+        (then, step_then), now = self.last_log, time.monotonic()
+        self.last_log = (now, self.step)
+        self.metrics = {
+            "step": self.step,
+            **dict(zip(names, means.tolist(), strict=True)),
+            "lr": lr,
+            "images_per_second": (self.step - step_then) * self.batch_size / (now - then),
+            "seconds": now - self.started,
+            "broken": self.broken,
+        }
+        self.log.write(self.metrics)
+        bad = [name for name in names if not math.isfinite(self.metrics[name])]
+        if bad:
+            raise RunError(
+                f"{', '.join(bad)} became non-finite between steps {step_then} and {self.step}; the last checkpoint is "
+                f"from before. Lower --blr, set --clip-grad, or use --precision fp32."
+            )
+        if self.broken > self.max_broken * self.step * self.batch_size:
+            raise RunError(
+                f"{self.broken:.0f} of {self.step * self.batch_size} images did not decode, more than --max-broken "
+                f"{self.max_broken:g}: mend or remove the files named above"
+            )
+
+    def _draw(self) -> None:
+        if self.accelerator.is_main_process and self.intervals.grid:
+            self.draw(self.out / "grids" / f"step_{self.step:08d}.png")
+
+    def _checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.out / "checkpoints", self.modules, self.optimizers, self.progress, keep=self.keep)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
