@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-ImageInput: TypeAlias = "str | Path | Image.Image | NDArray[Any]"
+ImageInput: TypeAlias = str | Path | Image.Image | NDArray[Any]
 
 # What a folder or a glob contributes; a file that is named outright is opened whatever its suffix.
 IMAGE_SUFFIXES = frozenset(

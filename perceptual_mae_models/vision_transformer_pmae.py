@@ -124,6 +124,9 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     # timm does this only for a fixed input size, which a saved dynamic_img_size model no longer declares.
     kwargs.setdefault("img_size", cfg.input_size[-2:])
+    if kwargs.get("features_only"):
+        # timm cuts the head off a feature extractor, but would first demand its tensors from the checkpoint.
+        kwargs["num_classes"] = 0
     pools_patches = kwargs.get("global_pool") in ("avg", "avgmax", "max")
     if pools_patches and kwargs.get("num_classes", cfg.num_classes) == 0:
         # timm would replace the pretrained final norm by a new one after the pooling, which belongs to a head.

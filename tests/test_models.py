@@ -1,7 +1,6 @@
 """The registered encoders: names, facts, starting values, and every way timm's users run them."""
 
 import json
-import os
 import pickle
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
 
 import perceptual_mae_models
 from perceptual_mae_models.pos_embed import build_2d_sincos_pos_embed
@@ -72,7 +72,7 @@ def test_sincos_known_values():
 
 @pytest.mark.parametrize(("dim", "grid"), [(6, (2, 2)), (0, (2, 2)), (-4, (2, 2)), (8, (0, 2)), (8, (2, 0))])
 def test_sincos_refuses_what_it_cannot_build(dim, grid):
-    with pytest.raises(ValueError, match="multiple of 4|grid_size"):
+    with pytest.raises(ValueError, match=r"multiple of 4|grid_size"):
         build_2d_sincos_pos_embed(dim, grid)
 
 
@@ -181,38 +181,43 @@ def test_transform_comes_from_the_cfg():
     assert config["interpolation"] == "bicubic"
 
 
+# Forked children import the package again and again on top of one slow `import timm`. Processor time, not wall time: a
+# busy machine must not fail this.
 _IMPORT_PROBE = """
-import json, sys, time, timm
+import json, os, sys, time, timm
 before = timm.list_models(include_tags=True)
-facts = {name: timm.get_pretrained_cfg(name).to_dict() for name in timm.list_models("vit_*", module="vision_transformer")}
-start = time.perf_counter()
-import perceptual_mae_models
-milliseconds = 1000 * (time.perf_counter() - start)
-after = timm.list_models(include_tags=True)
-print(json.dumps({
-    "milliseconds": milliseconds,
-    "lost": sorted(set(before) - set(after)),
-    "gained": sorted(set(after) - set(before)),
-    "changed": [name for name, cfg in facts.items() if timm.get_pretrained_cfg(name).to_dict() != cfg],
-    "features_loaded": "perceptual_mae_models.features" in sys.modules,
-}))
+vits = timm.list_models("vit_*", module="vision_transformer")
+facts = {name: timm.get_pretrained_cfg(name).to_dict() for name in vits}
+for _ in range(5):
+    if os.fork():
+        os.wait()
+        continue
+    start = time.process_time()
+    import perceptual_mae_models
+    milliseconds = 1000 * (time.process_time() - start)
+    after = timm.list_models(include_tags=True)
+    print(json.dumps({
+        "milliseconds": milliseconds,
+        "lost": sorted(set(before) - set(after)),
+        "gained": sorted(set(after) - set(before)),
+        "changed": [name for name, cfg in facts.items() if timm.get_pretrained_cfg(name).to_dict() != cfg],
+        "features_loaded": "perceptual_mae_models.features" in sys.modules,
+    }), flush=True)
+    os._exit(0)
 """
 
 
 def test_import_is_cheap_silent_and_leaves_timms_names_alone():
-    probes = []
-    for _ in range(3):
-        command = [sys.executable, "-W", "error::UserWarning", "-c", _IMPORT_PROBE]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert len(done.stdout.splitlines()) == 1
-        assert "perceptual_mae_models" not in done.stderr
-        probes.append(json.loads(done.stdout))
-    assert probes[0]["lost"] == []
-    assert probes[0]["changed"] == []
-    assert probes[0]["gained"] == sorted(tagged_names())
-    assert not probes[0]["features_loaded"]
+    command = [sys.executable, "-W", "error::UserWarning:perceptual_mae_models", "-c", _IMPORT_PROBE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "perceptual_mae_models" not in done.stderr
+    probes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(probes) == 5
+    for probe in probes:
+        assert probe["lost"] == []
+        assert probe["changed"] == []
+        assert probe["gained"] == sorted(tagged_names())
+        assert not probe["features_loaded"]
     assert statistics.median(probe["milliseconds"] for probe in probes) <= 50
 
 
@@ -314,7 +319,7 @@ def test_create_model_arguments_train(kwargs, image_shape):
     model = random_pico(**kwargs).train()
     output = model(torch.randn(2, *image_shape))
     assert output.shape == (2, kwargs.get("num_classes") or kwargs.get("embed_dim", 192))
-    output.sum().backward()
+    (output * torch.randn_like(output)).sum().backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
@@ -327,7 +332,7 @@ def test_an_unknown_argument_is_refused():
 
 def test_layer_decay_groups_cover_every_parameter():
     model = random_pico(num_classes=5)
-    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.75)
+    groups = param_groups_layer_decay(model, layer_decay=0.75)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert len({group["lr_scale"] for group in groups}) == len(model.blocks) + 2
 

@@ -34,7 +34,7 @@ class FixedGrid:
         for index in range(0, len(source), max(1, len(source) // count)):
             try:
                 images.append(crop(source.load(index)))
-            except ImageError:
+            except ImageError:  # noqa: PERF203  (a broken image is left out of the picture)
                 continue
         self.images = torch.stack(images[:count]).float() / 255  # (count, 3, H, W)
         length = network.grid_size[0] * network.grid_size[1]
@@ -42,7 +42,7 @@ class FixedGrid:
         self.recipe = recipe
 
     def save(self, network: MaskedAutoencoder, path: Path) -> None:
-        """Write a PNG: a row each of originals, masked images, rebuilt images, rebuilt with the visible patches pasted in."""
+        """Write a PNG; its rows are the originals, masked, rebuilt, and rebuilt with the visible patches pasted in."""
         device = network.mean.device
         training = network.training
         network.eval()

@@ -10,11 +10,13 @@ The recipe of the embedded weights, and MAE's ImageNet recipe on eight GPUs:
     torchrun --nproc-per-node 8 training/pretrain.py mae --data imagenet/train --model vit_base_patch16_pmae --out runs/base
 
 A killed run goes on with the same command and `--resume auto`, and ends with the same bits. A run folder holds
-`recipe.json`, `metrics.jsonl`, `checkpoints/`, `grids/` and, at the end, `encoder.safetensors` and `decoder.safetensors`.
+`recipe.json`, `metrics.jsonl`, `checkpoints/`, `grids/` and, at the end, `encoder.safetensors` and
+`decoder.safetensors`.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
+from perceptual_mae_models.features import check_model_name
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler
@@ -61,7 +64,7 @@ class Output:
     out: Path
     """The run folder."""
     resume: Literal["no", "auto"] = "no"
-    """auto: go on from the newest checkpoint in --out, or start if there is none. no: refuse a folder that holds a run."""
+    """auto: go on from the newest checkpoint in --out, or start afresh. no: refuse a folder that holds a run."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -106,7 +109,12 @@ class Learner:
 
 
 def create_learner(recipe: Recipe, device: torch.device) -> Learner:
-    """Networks with the weights that the seed decides, and their optimiser."""
+    """Networks with the weights that the seed decides, and their optimiser.
+
+    Raises:
+        ValueError: If the recipe's model is unknown or cannot be pretrained.
+    """
+    check_model_name(recipe.model)
     torch.manual_seed(derive_seed(recipe.seed, "init"))
     network = build_autoencoder(
         timm.create_model(recipe.model, pretrained=False, num_classes=0),
@@ -221,12 +229,12 @@ def optimise(
     return record.close()
 
 
-def main() -> None:
-    """Parse the command line and run it."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line (by default this process's) and run it."""
     # a method's defaults depend on the model, so the model is looked up before the real parser is built
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default="vit_base_patch16_pmae")
-    model = peek.parse_known_args()[0].model
+    model = peek.parse_known_args(argv)[0].model
     configs = {
         name: (
             (recipe.__doc__ or "").split("\n")[0],
@@ -235,7 +243,7 @@ def main() -> None:
         for name, recipe in METHODS.items()
     }
     try:
-        pretrain(tyro.extras.overridable_config_cli(configs))
+        pretrain(tyro.extras.overridable_config_cli(configs, args=argv))
     except (RunError, CheckpointError, ValueError, FileNotFoundError, ImageError) as error:
         raise SystemExit(f"pretrain.py: {error}") from error
 

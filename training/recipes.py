@@ -44,7 +44,7 @@ class Recipe:
     clip_grad: float | None = None
     """Largest gradient norm; larger gradients are scaled down to it. None: no limit."""
     ema_decay: float | None = None
-    """Decay a step of an exponential moving average of the weights; the export is then the average. None: no average."""
+    """Decay a step of an exponential moving average of the weights, which is then exported. None: no average."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area that a random crop covers, least and most."""
     precision: Literal["bf16", "fp32"] = "bf16"

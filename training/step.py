@@ -101,8 +101,8 @@ def clip_gradient(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
 def reconstruct(network: MaskedAutoencoder, images: Tensor, noise: Tensor, recipe: Recipe) -> dict[str, Tensor]:
     """Pictures of what the network does.
 
-    With `norm_pix_loss` the prediction has no brightness or contrast of its own: each patch takes those of the original,
-    as in MAE's figures.
+    With `norm_pix_loss` the prediction has no brightness or contrast of its own: each patch takes those of the
+    original, as in MAE's figures.
 
     Args:
         network: The autoencoder.

@@ -46,9 +46,17 @@ class ImageSource:
         """Path of an image inside the source."""
         return str(self.reader.filename(index))
 
-    def label(self, index: int) -> int:
-        """Class of an image: the number of the folder it lies in."""
-        return int(self.reader[index][1])
+    @property
+    def classes(self) -> list[str]:
+        """Names of the folders that the images lie in, by label."""
+        return list(self.reader.class_to_idx if hasattr(self.reader, "class_to_idx") else self.reader.class_name_to_idx)
+
+    @property
+    def labels(self) -> list[int]:
+        """Label of every image."""
+        if hasattr(self.reader, "targets"):
+            return [int(target) for target in self.reader.targets]
+        return [int(target) for _, target in self.reader.samples]
 
     def load(self, index: int) -> Image.Image:
         """Decode an image to RGB.

@@ -1,0 +1,30 @@
+"""Small images that tests make themselves, and the real ones that `PMAE_DATA` points to."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 smooth colour images, three classes of eight."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        folder = root / f"class{number % 3}"
+        folder.mkdir(exist_ok=True)
+        coarse.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real image archives; the test skips, saying so, where there is none."""
+    root = os.environ.get("PMAE_DATA")
+    if not root:
+        pytest.skip("PMAE_DATA is not set: point it to a folder with imagenette-128-train.tar and -val.tar")
+    return Path(root)

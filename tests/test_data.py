@@ -1,0 +1,125 @@
+"""Order and content of the batches depend on the seed and on the step, and on nothing else."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from perceptual_mae_models.images import ImageError
+from training.data.images import ImageSource, RandomViews, create_loader
+from training.data.sampler import DeterministicBatchSampler, ImageKey
+
+
+def sampled(steps: range, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> list[list[ImageKey]]:
+    return list(DeterministicBatchSampler(10, 4, steps, seed, rank=rank, world_size=world_size))
+
+
+def test_every_image_is_seen_once_an_epoch_across_batch_borders() -> None:
+    keys = [key for batch in sampled(range(5)) for key in batch]
+    for epoch in (0, 1):
+        assert sorted(key.index for key in keys if key.epoch == epoch) == list(range(10))
+    first, second = ([key.index for key in keys if key.epoch == epoch] for epoch in (0, 1))
+    assert first != second
+
+
+def test_a_late_start_reads_what_the_straight_run_reads() -> None:
+    assert sampled(range(3, 9)) == sampled(range(9))[3:]
+
+
+def test_shares_joined_in_rank_order_are_the_single_process_batch() -> None:
+    shares = [sampled(range(6), rank=rank, world_size=2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == sampled(range(6))
+
+
+def test_another_seed_is_another_order() -> None:
+    assert sampled(range(3)) != sampled(range(3), seed=1)
+
+
+def test_unequal_shares_are_refused() -> None:
+    with pytest.raises(ValueError, match="--batch-size 4 cannot be shared equally by 3"):
+        sampled(range(1), world_size=3)
+
+
+def batches(root: Path, *, workers: int = 0, steps: range = range(4)) -> list[torch.Tensor]:
+    source = ImageSource(root)
+    views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
+    loader = create_loader(views, DeterministicBatchSampler(len(source), 6, steps, 0), workers=workers)
+    return [batch.images for batch in loader]
+
+
+def test_workers_change_nothing(photos: Path) -> None:
+    assert all(map(torch.equal, batches(photos), batches(photos, workers=2)))
+
+
+def test_views_ignore_and_keep_the_global_generator(photos: Path) -> None:
+    views = RandomViews(ImageSource(photos), (32, 32), (0.2, 1.0), seed=0)
+    torch.manual_seed(1)
+    view, _ = views[ImageKey(0, 3)]
+    drawn_after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn_after, torch.rand(1))
+    assert torch.equal(view, views[ImageKey(0, 3)][0])
+    assert not torch.equal(view, views[ImageKey(1, 3)][0]), "another epoch is another crop"
+    assert view.dtype == torch.uint8
+    assert view.shape == (3, 32, 32)
+
+
+@pytest.fixture
+def tarred(photos: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "photos.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(photos, arcname=".")
+    return path
+
+
+def test_tar_and_folder_are_the_same_source(photos: Path, tarred: Path) -> None:
+    folder, tar = ImageSource(photos), ImageSource(tarred)
+    assert folder.classes == tar.classes == ["class0", "class1", "class2"]
+    by_name = {Path(tar.name(i)).name: (tar.load(i), tar.labels[i]) for i in range(len(tar))}
+    assert len(folder) == len(by_name) == 24
+    for i, label in enumerate(folder.labels):
+        image, tar_label = by_name[Path(folder.name(i)).name]
+        assert image == folder.load(i)
+        assert label == tar_label == int(Path(folder.name(i)).stem) % 3
+
+
+def test_tar_read_before_and_inside_workers(tarred: Path) -> None:
+    """Forked workers that shared one open tar would move each other's file position and read garbage."""
+    source = ImageSource(tarred)
+    source.load(0)
+    views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
+    loader = create_loader(views, DeterministicBatchSampler(24, 6, range(20), 0), workers=2)
+    loaded = list(loader)
+    assert not [index for batch in loaded for index in batch.broken]
+    assert all(map(torch.equal, (batch.images for batch in loaded), batches(tarred, steps=range(20))))
+
+
+def test_a_broken_image_is_named_and_replaced_by_the_next(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "some"
+    root.mkdir()
+    for number in (0, 3):
+        (root / f"{number}.png").write_bytes((photos / "class0" / f"{number:02d}.png").read_bytes())
+    (root / "1.png").write_bytes(b"no image")
+    source = ImageSource(root)
+    views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
+    broken = next(i for i in range(3) if source.name(i) == "1.png")
+    view, skipped = views[ImageKey(0, broken)]
+    assert skipped == [broken]
+    assert view.shape == (3, 32, 32)
+    with pytest.raises(ImageError, match=r"1\.png"):
+        source.load(broken)
+
+
+def test_sources_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder or tar"):
+        ImageSource(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no image found"):
+        ImageSource(tmp_path)
+    empty = tmp_path / "empty.tar"
+    tarfile.open(empty, "w").close()
+    with pytest.raises(FileNotFoundError, match="no image found"):
+        ImageSource(empty)
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(ValueError, match=r"uncompressed \.tar"):
+        ImageSource(tmp_path / "photos.zip")

@@ -1,0 +1,221 @@
+"""Whole runs, through the command line that users type."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from training import pretrain
+from training.export import load_autoencoder
+
+ROOT = Path(__file__).parents[1]
+# a fraction of a second a step: the smallest decoder that the recipe allows behind the smallest encoder
+TINY = (
+    *("--model", "vit_pico_patch8_pmae", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"),
+    *("--batch-size", "8", "--log-every", "1", "--grid-every", "0", "--workers", "0", "--device", "cpu"),
+)
+
+
+def command(*arguments: object, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / "training" / "pretrain.py"), *map(str, arguments)]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
+
+
+def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, processes=processes),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def run_here(*arguments: object) -> str:
+    """The same command in this process, for runs that end with a message; returns it."""
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main([str(argument) for argument in arguments])
+    assert ended.value.code not in (None, 0)
+    return str(ended.value.code)
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics(out)]
+
+
+def assert_same_files(a: Path, b: Path) -> None:
+    for name in ("encoder", "decoder"):
+        left, right = load_file(a / f"{name}.safetensors"), load_file(b / f"{name}.safetensors")
+        assert left.keys() == right.keys()
+        different = [key for key in left if not torch.equal(left[key], right[key])]
+        assert not different
+
+
+@pytest.fixture(scope="session")
+def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that nobody disturbs."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    arguments = (*TINY, "--steps", 8, "--ema-decay", 0.9, "--grid-every", 4, "--checkpoint-every", 2)
+    finished = run("mae", "--data", photos, "--out", out, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+def test_a_run_folder_holds_what_it_should(straight: Path) -> None:
+    recipe = json.loads((straight / "recipe.json").read_text())
+    assert recipe["recipe"]["model"] == "vit_pico_patch8_pmae"
+    assert recipe["recipe"]["batch_size"] == 8
+    assert recipe["data"] == {"name": straight.parent.parent.name, "images": 24} or recipe["data"]["images"] == 24
+    assert [line["step"] for line in metrics(straight)] == list(range(1, 9))
+    assert [path.name for path in sorted((straight / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+    assert [path.name for path in sorted((straight / "grids").iterdir())] == [
+        f"step_{step:08d}.png" for step in (0, 4, 8)
+    ]
+    assert not list(straight.rglob(".partial*"))
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(photos: Path, straight: Path) -> None:
+    rates = [line["lr"] for line in metrics(straight)]
+    peak = 2e-3 * 8 / 256
+    assert max(rates) <= peak
+    assert rates[-1] < 0.1 * peak
+
+
+def test_exported_encoder_loads_in_timm_and_decoder_behind_it(straight: Path) -> None:
+    file = straight / "encoder.safetensors"
+    encoder = timm.create_model("vit_pico_patch8_pmae", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    assert encoder.state_dict().keys() == load_file(file).keys()
+    network, recipe = load_autoencoder(encoder, straight / "decoder.safetensors")
+    assert recipe.decoder_dim == 16
+    average = load_file(straight / "checkpoints" / "step_00000008" / "ema.safetensors")
+    raw = load_file(straight / "checkpoints" / "step_00000008" / "network.safetensors")
+    state = network.state_dict()
+    assert all(torch.equal(state[key], average[key]) for key in state), "the export is the moving average"
+    assert any(not torch.equal(average[key], raw[key]) for key in state)
+
+
+def test_killed_and_resumed_ends_bit_equal(photos: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    arguments = ("mae", "--data", photos, "--out", out, *TINY, "--steps", 8, "--ema-decay", 0.9)
+    arguments = (*arguments, "--grid-every", 4, "--checkpoint-every", 2, "--resume", "auto")
+    process = subprocess.Popen(command(*arguments), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    # killed as soon as the third step is done: past a checkpoint, before the next
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "encoder.safetensors").exists()
+
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_files(out, straight)
+    assert losses(out) == losses(straight)
+    optimizer = "checkpoints/step_00000008/optimizer.pt"
+    left, right = (torch.load(folder / optimizer, weights_only=True) for folder in (out, straight))
+    for index, state in left["state"].items():
+        assert all(torch.equal(state[key], right["state"][index][key]) for key in state)
+
+
+def test_workers_and_logging_do_not_change_the_result(photos: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other_runtime"
+    arguments = [*TINY, "--steps", 8, "--ema-decay", 0.9, "--log-every", 3, "--checkpoint-every", 0]
+    arguments[arguments.index("--workers") + 1] = "2"
+    finished = run("mae", "--data", photos, "--out", out, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_files(out, straight)
+
+
+def test_two_processes_follow_one(photos: Path, straight: Path, tmp_path: Path) -> None:
+    """Losses and gradients of the joined batch, and so the weights, up to the order of float additions."""
+    out = tmp_path / "two"
+    finished = run("mae", "--data", photos, "--out", out, *TINY, "--steps", 8, "--ema-decay", 0.9, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    for one, two in zip(metrics(straight), metrics(out), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4)
+    left, right = load_file(straight / "encoder.safetensors"), load_file(out / "encoder.safetensors")
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], atol=2e-6, rtol=1e-4)
+
+
+def test_bf16_trains_close_to_float32(photos: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bf16"
+    arguments = (*TINY, "--steps", 8, "--ema-decay", 0.9, "--precision", "bf16")
+    finished = run("mae", "--data", photos, "--out", out, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert losses(out) == pytest.approx(losses(straight), rel=0.02)
+    assert losses(out) != losses(straight), "autocast was not on"
+    assert load_file(out / "encoder.safetensors")["norm.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--mask-ratio", 1.5), "--mask-ratio is 1.5: it must be between 0 and 1"),
+        (("--decoder-dim", 18), "--decoder-dim is 18"),
+        (("--data", "nowhere"), "--data nowhere: no such folder or tar file"),
+        (("--model", "resnet50"), "one class token"),
+        (("--model", "vit_nano"), "unknown model 'vit_nano'"),
+        (("--steps", "many"), "--steps"),
+    ],
+)
+def test_wrong_flags_stop_before_training(
+    change: tuple[str, object], message: str, photos: Path, tmp_path: Path
+) -> None:
+    finished = run("mae", "--data", photos, "--out", tmp_path / "out", *TINY, "--steps", 1, *change)
+    assert finished.returncode != 0
+    assert message in finished.stderr + finished.stdout
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten_nor_continued_otherwise(photos: Path, straight: Path) -> None:
+    before = (straight / "encoder.safetensors").read_bytes()
+    arguments = ("mae", "--data", photos, "--out", straight, *TINY, "--steps", 8, "--ema-decay", 0.9)
+    assert "already holds a run: pass --resume auto" in run_here(*arguments)
+    assert "recipe.blr: was 0.002, now 1" in run_here(*arguments, "--resume", "auto", "--blr", 1)
+    assert (straight / "encoder.safetensors").read_bytes() == before
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "diverges"
+    arguments = (*TINY, "--blr", 1e25, "--warmup", 0, "--steps", 20, "--checkpoint-every", 1)
+    assert "became non-finite" in run_here("mae", "--data", photos, "--out", out, *arguments)
+    for checkpoint in (out / "checkpoints").iterdir():
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "network.safetensors").values())
+
+
+def test_a_share_of_broken_images_is_skipped_and_too_many_stop(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in photos.rglob("*.png"):
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "00.png").write_bytes(b"")
+    arguments = ("mae", "--data", data, *TINY, "--steps", 3)
+    pretrain.main([str(argument) for argument in (*arguments, "--out", tmp_path / "tolerant", "--max-broken", 0.1)])
+    assert "skipped an image that does not decode: 00.png" in capsys.readouterr().err
+    assert metrics(tmp_path / "tolerant")[-1]["broken"] == 1
+    said = run_here(*arguments, "--out", tmp_path / "strict", "--max-broken", 0)
+    assert "did not decode, more than --max-broken 0" in said

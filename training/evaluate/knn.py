@@ -1,0 +1,105 @@
+"""Weighted k-nearest-neighbour accuracy of frozen features: DINO's protocol (Caron et al., ICCV 2021, section 4.1).
+
+    python training/evaluate/knn.py vit_pico_patch8_pmae --train imagenette-128-train.tar --val imagenette-128-val.tar
+
+The encoder is any name that `timm.create_model` takes; images go through the transform of its own cfg. Labels are the
+names of the folders that the images lie in.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from perceptual_mae_models.features import FeatureExtractor, Pool
+from training.data.images import ImageSource
+
+
+@torch.no_grad()
+def knn_predict(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float = 0.07, chunk: int = 1024
+) -> Tensor:
+    """Classify by a vote of the k most similar bank entries, each weighted by exp(cosine / temperature).
+
+    Args:
+        bank: (M, D) features with known labels, of any length.
+        bank_labels: (M,) int64.
+        queries: (N, D).
+        k: Number of voters, at most M.
+        temperature: DINO's is 0.07.
+        chunk: Queries compared at a time; bounds memory to chunk * M floats.
+
+    Returns:
+        (N,) int64 predicted labels.
+
+    Raises:
+        ValueError: If `k` exceeds the bank.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k is {k}: it must be between 1 and the {len(bank)} bank entries")
+    bank = F.normalize(bank.float(), dim=1)
+    votes_shape = int(bank_labels.max()) + 1
+    predictions = []
+    for part in F.normalize(queries.float(), dim=1).split(chunk):
+        similarity, nearest = (part @ bank.T).topk(k, dim=1)  # (n, k)
+        votes = torch.zeros(len(part), votes_shape, device=bank.device)
+        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def extract(extractor: FeatureExtractor, source: ImageSource, *, batch_size: int = 128) -> Tensor:
+    """Features of every image of a source, in order: (N, D)."""
+    return extractor((source.load(index) for index in range(len(source))), batch_size=batch_size)
+
+
+def main(
+    model: Annotated[str, tyro.conf.Positional],
+    train: Path,
+    val: Path,
+    pool: Pool = "avg",
+    k: int = 20,
+    checkpoint: Path | None = None,
+    random: bool = False,
+    json_file: Path | None = None,
+) -> None:
+    """Weighted k-NN accuracy on --val, with the images of --train as neighbours.
+
+    Args:
+        model: A timm model name, such as vit_pico_patch8_pmae.
+        train: Folder or tar with one folder a class: the neighbours.
+        val: The same for the images to classify.
+        pool: Mean of the patch tokens (avg) or class token (cls).
+        k: Number of neighbours.
+        checkpoint: A weights file to load instead of the model's own weights.
+        random: Random weights: what the architecture alone is worth.
+        json_file: Write the result here too.
+    """
+    extractor = FeatureExtractor(model, pool=pool, checkpoint=checkpoint, pretrained=not random)
+    bank_source, query_source = ImageSource(train), ImageSource(val)
+    if bank_source.classes != query_source.classes:
+        raise SystemExit(f"knn.py: {train} and {val} do not hold the same classes")
+    started = time.monotonic()
+    bank_labels = torch.tensor(bank_source.labels)
+    predictions = knn_predict(extract(extractor, bank_source), bank_labels, extract(extractor, query_source), k=k)
+    accuracy = (predictions == torch.tensor(query_source.labels)).double().mean().item()
+    result = {
+        "protocol": f"weighted k-NN, cosine, k={k}, T=0.07, pool={pool}",
+        "bank": {"name": train.name, "images": len(bank_source)},
+        "queries": {"name": val.name, "images": len(query_source)},
+        "accuracy_percent": round(100 * accuracy, 2),
+        "weights": extractor.metadata["weights"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    print(json.dumps(result, indent=2))
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
