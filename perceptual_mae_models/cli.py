@@ -154,8 +154,9 @@ def similar(arguments: argparse.Namespace) -> int:
         print(query)
         for match in found:
             print(f"    {match.similarity:.4f}  {match.name}")
-    model = ".".join(filter(None, (extractor.metadata["model"], extractor.metadata["tag"])))
-    subtitle = f"{model}, cosine similarity of {extractor.pool} features, among {len(files)} images"
+    facts = extractor.metadata
+    weights = facts["tag"] or facts["weights"]
+    subtitle = f"{facts['model']}, {weights}; cosine similarity of {facts['pool']} features; {len(files)} images"
     neighbour_gallery(rows, subtitle=subtitle).save(arguments.output)
     print(arguments.output)
     return EXIT_OK

@@ -27,6 +27,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
 from perceptual_mae_models.images import ImageError, ImageInput, image_name, open_image
 from perceptual_mae_models.version import __version__
 
@@ -80,7 +81,8 @@ class FeatureExtractor:
         model: The encoder, in evaluation mode on `device`.
         transform: From an RGB `PIL.Image` to a normalised (3, H, W) float tensor.
         input_size: (H, W) in pixels.
-        metadata: What produced the features, as strings: model, tag, pool, image size, weights, precision, version.
+        metadata: What produced the features, as strings: model, tag (empty for other weights than the published ones),
+            weights, pool, image size, dtype and the version of this package.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class FeatureExtractor:
             device: By default a module's own device, and for a name "cuda" where there is one, else "cpu".
             dtype: "float32", "bfloat16" or "float16" arithmetic. Features are float32 whichever it is.
             checkpoint: A weights file to load in place of the published weights.
-            pretrained: False leaves the weights random; a checkpoint is loaded all the same.
+            pretrained: False leaves the weights random, unless there is a checkpoint.
 
         Raises:
             UnknownModelError: timm has no model or tag of this name.
@@ -132,10 +134,11 @@ class FeatureExtractor:
             data_config["input_size"] = (3, *built_for)
         self.input_size: tuple[int, int] = tuple(data_config["input_size"][1:])
         self.transform: Transform = create_transform(**data_config)
+        weights = _origin(model, checkpoint, pretrained)
         self.metadata = {
             "model": architecture,
-            "tag": str(self.model.pretrained_cfg.get("tag") or ""),
-            "weights": _origin(model, checkpoint, pretrained),
+            "tag": str(self.model.pretrained_cfg.get("tag") or "") if weights in ("pretrained", "module") else "",
+            "weights": weights,
             "pool": pool,
             "image_size": "x".join(map(str, self.input_size)),
             "dtype": dtype,
@@ -258,10 +261,7 @@ def default_device() -> str:
 
 
 def check_model_name(name: str) -> None:
-    """Raises `UnknownModelError`, naming the nearest ones, unless timm has this model and tag.
-
-    Names that begin with a source (`hf-hub:`, `local-dir:`) are not looked at.
-    """
+    """Raises `UnknownModelError` unless timm has this model and tag; ids such as `hf-hub:…` are not looked at."""
     if ":" in name:
         return
     architecture, _, tag = name.partition(".")

@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from perceptual_mae_models.features import FeatureExtractor
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from perceptual_mae_models.features import FeatureExtractor
 from training.losses.pixel import masked_l2, normalise_patches
 from training.networks.autoencoder import (
     MaskedAutoencoder,

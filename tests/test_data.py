@@ -18,8 +18,8 @@ def sampled(steps: range, *, rank: int = 0, world_size: int = 1, seed: int = 0) 
 def test_every_image_is_seen_once_an_epoch_across_batch_borders() -> None:
     keys = [key for batch in sampled(range(5)) for key in batch]
     for epoch in (0, 1):
-        assert sorted(key.index for key in keys if key.epoch == epoch) == list(range(10))
-    first, second = ([key.index for key in keys if key.epoch == epoch] for epoch in (0, 1))
+        assert sorted(key.image for key in keys if key.epoch == epoch) == list(range(10))
+    first, second = ([key.image for key in keys if key.epoch == epoch] for epoch in (0, 1))
     assert first != second
 
 

@@ -18,7 +18,7 @@ import torch
 import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from perceptual_mae_models.version import __version__
 from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder
@@ -42,11 +42,11 @@ def export_run(out: Path, network: MaskedAutoencoder, recipe: Recipe, progress: 
     write_atomically(out / "decoder.safetensors", network.decoder.state_dict(), metadata)
 
 
-def load_autoencoder(encoder: VisionTransformer, decoder_file: Path) -> tuple[MaskedAutoencoder, Recipe]:
+def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAutoencoder, Recipe]:
     """Put a saved decoder behind its encoder.
 
     Args:
-        encoder: The encoder that was trained with it, loaded.
+        encoder: The encoder that was trained with it, loaded: a timm ViT.
         decoder_file: A `decoder.safetensors` of `export_run`.
 
     Returns:
@@ -54,6 +54,7 @@ def load_autoencoder(encoder: VisionTransformer, decoder_file: Path) -> tuple[Ma
 
     Raises:
         RuntimeError: If the decoder is of another encoder's shape.
+        ValueError: If the encoder is no ViT that can be masked.
     """
     with safe_open(decoder_file, framework="pt") as file:
         recipe = Recipe(**json.loads(file.metadata()["recipe"]))

@@ -7,7 +7,7 @@ A first look, a minute on any CPU (any folder of photographs will do):
 The recipe of the embedded weights, and MAE's ImageNet recipe on eight GPUs:
 
     python training/pretrain.py mae --data imagenette-128-train.tar --model vit_pico_patch8_pmae --out runs/pico
-    torchrun --nproc-per-node 8 training/pretrain.py mae --data imagenet/train --model vit_base_patch16_pmae --out runs/base
+    torchrun --nproc-per-node 8 training/pretrain.py mae --data in1k/train --model vit_base_patch16_pmae --out runs/base
 
 A killed run goes on with the same command and `--resume auto`, and ends with the same bits. A run folder holds
 `recipe.json`, `metrics.jsonl`, `checkpoints/`, `grids/` and, at the end, `encoder.safetensors` and

@@ -1,7 +1,8 @@
 """A folder or a tar of images as uint8 tensors."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ class ImageSource:
             raise ValueError(f"--data {root}: give a folder of images or an uncompressed .tar of them")
         self.root = root
         # a tar is opened anew for every image: a handle shared by forked workers would be a shared file position
-        options = {"cache_tarfiles": False} if root.is_file() else {}
+        options: dict[str, Any] = {"cache_tarfiles": False} if root.is_file() else {}
         try:
             self.reader = create_reader("", str(root), **options)
         except (RuntimeError, ValueError) as error:  # a folder, a tar without any image
@@ -110,7 +111,7 @@ class RandomViews(Dataset[tuple[Tensor, list[int]]]):
     def __getitem__(self, key: ImageKey) -> tuple[Tensor, list[int]]:
         broken: list[int] = []
         for offset in range(len(self.source)):
-            index = (key.index + offset) % len(self.source)
+            index = (key.image + offset) % len(self.source)
             try:
                 image = self.source.load(index)
                 break
@@ -127,7 +128,7 @@ def _collate(items: list[tuple[Tensor, list[int]]]) -> Batch:
     return Batch(torch.stack([view for view, _ in items]), [index for _, broken in items for index in broken])
 
 
-def create_loader(views: RandomViews, sampler: DeterministicBatchSampler, *, workers: int) -> DataLoader[Batch]:
+def create_loader(views: RandomViews, sampler: DeterministicBatchSampler, *, workers: int) -> Iterable[Batch]:
     """A loader over the sampler's steps. The number of workers changes the speed only.
 
     Args:
@@ -135,7 +136,7 @@ def create_loader(views: RandomViews, sampler: DeterministicBatchSampler, *, wor
         sampler: Decides which views make a batch.
         workers: Loader processes; 0 loads in this process.
     """
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         views,
         batch_sampler=sampler,
         num_workers=workers,
@@ -144,3 +145,4 @@ def create_loader(views: RandomViews, sampler: DeterministicBatchSampler, *, wor
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
     )
+    return loader

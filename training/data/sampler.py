@@ -13,7 +13,7 @@ class ImageKey(NamedTuple):
     """One view of one image: together with the seed it decides crop and flip."""
 
     epoch: int
-    index: int
+    image: int
 
 
 class DeterministicBatchSampler(Sampler[list[ImageKey]]):

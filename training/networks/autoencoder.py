@@ -10,7 +10,7 @@ Source: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -94,11 +94,13 @@ class Decoder(nn.Module):
         num_heads: Attention heads.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self, encoder_dim: int, grid_size: tuple[int, int], patch_size: int, *, dim: int, depth: int, num_heads: int
     ) -> None:
         super().__init__()
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         pos_embed = build_2d_sincos_pos_embed(dim, grid_size)  # (1, L, dim)
@@ -150,6 +152,9 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: Share of patches hidden from the encoder, in [0, 1).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, encoder: VisionTransformer, decoder: Decoder, *, mask_ratio: float) -> None:
         super().__init__()
         self.encoder = encoder
@@ -181,12 +186,14 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             (N, 1 + K, D), class token first.
         """
-        encoder = self.encoder
+        encoder, cls_token, pos_embed = self.encoder, self.encoder.cls_token, self.encoder.pos_embed
+        assert cls_token is not None
+        assert pos_embed is not None
         x = encoder.patch_embed(self.standardise(images))  # (N, L, D)
-        x = x + encoder.pos_embed[:, 1:]
+        x = x + pos_embed[:, 1:]
         x = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[2]))  # (N, K, D)
-        cls_token = encoder.cls_token + encoder.pos_embed[:, :1]
-        x = torch.cat([cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + K, D)
+        first = cls_token + pos_embed[:, :1]
+        x = torch.cat([first.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + K, D)
         return encoder.norm(encoder.blocks(x))
 
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
@@ -224,8 +231,9 @@ def init_mae_weights(autoencoder: MaskedAutoencoder) -> None:
     projection = autoencoder.encoder.patch_embed.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))  # the convolution is a linear map
     nn.init.zeros_(projection.bias)
-    nn.init.normal_(autoencoder.encoder.cls_token, std=0.02)
-    nn.init.normal_(autoencoder.decoder.mask_token, std=0.02)
+    for token in (autoencoder.encoder.cls_token, autoencoder.decoder.mask_token):
+        assert token is not None
+        nn.init.normal_(token, std=0.02)
 
 
 def build_autoencoder(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 
@@ -50,7 +50,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, module in modules.items():
-        save_file(module.state_dict(), partial / f"{name}.safetensors")
+        (partial / f"{name}.safetensors").write_bytes(save(module.state_dict()))
     for name, optimizer in optimizers.items():
         torch.save(optimizer.state_dict(), partial / f"{name}.pt")
     (partial / "progress.json").write_text(json.dumps(progress, indent=2))
@@ -96,7 +96,8 @@ def load_checkpoint(
 def write_atomically(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whole or not at all."""
     partial = path.with_name(f".partial_{path.name}")
-    save_file(state, partial, metadata={"format": "pt", **metadata})
+    # not save_file: its files are readable by their owner only, whatever the umask
+    partial.write_bytes(save(state, metadata={"format": "pt", **metadata}))
     _flush_to_disk(partial)
     partial.replace(path)
 

@@ -1,0 +1,276 @@
+"""The feature extractor against timm's own forward pass, on small random encoders."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from perceptual_mae_models.features import (
+    POOLS,
+    FeatureExtractor,
+    Pool,
+    Precision,
+    UnknownModelError,
+    check_model_name,
+    default_device,
+)
+from perceptual_mae_models.images import ImageError, find_images
+from perceptual_mae_models.version import __version__
+from perceptual_mae_models.writers import FeatureWriter
+
+PICO = "vit_pico_patch8_pmae"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def pico() -> nn.Module:
+    """Two blocks of the pico encoder, with weights that spread the features as trained ones do."""
+    torch.manual_seed(0)
+    model = timm.create_model(PICO, pretrained=False, depth=2).eval()
+    for parameter in model.blocks.parameters():
+        parameter.data.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def extractor(pico: nn.Module) -> FeatureExtractor:
+    return FeatureExtractor(pico)
+
+
+@pytest.fixture(scope="module")
+def files(photos: Path) -> list[Path]:
+    return find_images([photos])
+
+
+def transformed(file: Path) -> Tensor:
+    """64 x 64, crop 0.9, bicubic, ImageNet statistics: the configuration's words, done by hand."""
+    with Image.open(file) as image:
+        width, height = image.size
+        scale = 71 / min(width, height)
+        resized = image.convert("RGB").resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - 64) / 2), round((resized.height - 64) / 2)
+    pixels = np.asarray(resized.crop((left, top, left + 64, top + 64)), np.float32) / 255
+    return torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_features_are_those_of_timm(pico: nn.Module, files: list[Path], pool: Pool) -> None:
+    with torch.no_grad():
+        tokens = pico.forward_features(torch.stack([transformed(file) for file in files]))
+    expected = {
+        "avg": tokens[:, 1:].mean(1),
+        "cls": tokens[:, 0],
+        "tokens": tokens,
+        "map": tokens[:, 1:].reshape(-1, 8, 8, 192).permute(0, 3, 1, 2),
+    }[pool]
+    extractor = FeatureExtractor(pico, pool)
+    features = extractor(files, batch_size=7)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    assert extractor.feature_shape == tuple(expected.shape[1:])
+
+
+def test_file_pillow_image_and_array_agree(extractor: FeatureExtractor, files: list[Path]) -> None:
+    expected = extractor(files[:4])
+    opened = [Image.open(file) for file in files[:4]]
+    arrays = np.stack([np.asarray(image) for image in opened])
+    for images in (opened, list(arrays), arrays, list(arrays / 255), [str(file) for file in files[:4]]):
+        torch.testing.assert_close(extractor(images), expected, atol=0, rtol=0)
+    for single in (files[0], str(files[0]), opened[0], arrays[0]):
+        torch.testing.assert_close(extractor(single), expected[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_batch_size_and_workers_do_not_matter(extractor: FeatureExtractor, files: list[Path]) -> None:
+    expected = extractor(files, batch_size=64)
+    for batch_size in (1, 3):
+        torch.testing.assert_close(extractor(files, batch_size=batch_size), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(extractor(files, batch_size=5, workers=2), expected, atol=1e-5, rtol=0)
+
+
+def similarity(first: Tensor, second: Tensor) -> float:
+    return torch.cosine_similarity(first, second).item()
+
+
+def test_modes_of_one_photograph(extractor: FeatureExtractor, files: list[Path], tmp_path: Path) -> None:
+    with Image.open(files[0]) as opened:
+        photo = opened.convert("RGB")
+    grey = photo.convert("L")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    photo.save(tmp_path / "photo.png")
+    photo.convert("RGBA").save(tmp_path / "rgba.png")
+    photo.rotate(90, expand=True).save(tmp_path / "rotated.png", exif=rotated)
+    photo.quantize(256).save(tmp_path / "palette.png")
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98, subsampling=0)
+    grey.save(tmp_path / "grey.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 256).save(tmp_path / "grey16.png")
+
+    features = {file.stem: extractor(file) for file in find_images([tmp_path])}
+    other = similarity(extractor(files[1]), features["photo"])
+    for name in ("rgba", "rotated"):
+        torch.testing.assert_close(features[name], features["photo"], atol=0, rtol=0)
+    assert similarity(features["grey16"], features["grey"]) > 0.9999
+    assert other < 0.95
+    for name in ("palette", "cmyk"):
+        assert similarity(features[name], features["photo"]) > 0.98, name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_reported_or_stop(
+    extractor: FeatureExtractor, files: list[Path], tmp_path: Path, workers: int
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("no image")
+    mixed = [files[0], broken, files[1], broken, broken, files[2]]
+    batches = list(extractor.stream(mixed, batch_size=2, workers=workers, skip_broken=True))
+    assert [batch.names for batch in batches] == [(str(files[0]),), (str(files[1]),), (str(files[2]),)]
+    assert [len(batch.broken) for batch in batches] == [1, 1, 1]
+    assert batches[0].broken[0].name == str(broken)
+    rows = torch.cat([batch.features for batch in batches])
+    torch.testing.assert_close(rows, extractor(files[:3]), atol=1e-5, rtol=0)
+
+    (only_broken,) = extractor.stream([broken, broken], workers=workers, skip_broken=True)
+    assert only_broken.features.shape == (0, 192)
+    with pytest.raises(ImageError, match=r"broken\.jpg: not an image"):
+        extractor(mixed, workers=workers)
+
+
+def test_names_and_generators(extractor: FeatureExtractor, files: list[Path]) -> None:
+    arrays = (np.asarray(Image.open(file)) for file in files[:5])
+    batches = list(extractor.stream(arrays, batch_size=2))
+    assert sum((batch.names for batch in batches), ()) == tuple(f"array #{index}" for index in range(5))
+    with pytest.raises(ValueError, match="generator"):
+        extractor.stream(iter(files), workers=1)
+
+
+def resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_memory_is_flat(tmp_path: Path) -> None:
+    extractor = FeatureExtractor(timm.create_model(PICO, depth=1), "tokens")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+    def images(count: int) -> Iterator[np.ndarray]:
+        return (noise.copy() for _ in range(count))
+
+    def peak(count: int) -> float:
+        highest = 0.0
+        with FeatureWriter(tmp_path / f"{count}.npz") as writer:
+            for batch in extractor.stream(images(count), batch_size=20):
+                writer.write(batch.names, batch.features)
+                highest = max(highest, resident_megabytes())
+        return max(highest, resident_megabytes())
+
+    few = peak(200)
+    many = peak(2000)
+    # The rows alone are 2000 * 65 * 192 * 4 bytes = 95 MiB.
+    assert (tmp_path / "2000.npz").stat().st_size > 95 * 2**20
+    assert many - few < 15
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reduced_precision_is_near(pico: nn.Module, files: list[Path], dtype: Precision) -> None:
+    full, reduced = FeatureExtractor(pico)(files), FeatureExtractor(pico, dtype=dtype)(files)
+    assert reduced.dtype == torch.float32
+    assert next(pico.parameters()).dtype == torch.float32
+    assert torch.cosine_similarity(full, reduced).min() > 0.999
+    assert not torch.equal(full, reduced)
+
+
+def test_checkpoint(tmp_path: Path, files: list[Path]) -> None:
+    source = timm.create_model(PICO, pretrained=False)
+    save_file({name: 0.5 * value for name, value in source.state_dict().items()}, tmp_path / "half.safetensors")
+    extractor = FeatureExtractor(PICO, checkpoint=tmp_path / "half.safetensors", pretrained=False, device="cpu")
+    for name, value in extractor.model.state_dict().items():
+        torch.testing.assert_close(value, 0.5 * source.state_dict()[name], atol=0, rtol=0)
+    assert extractor(files[:2]).shape == (2, 192)
+    assert extractor.metadata == {
+        "model": PICO,
+        "tag": "",
+        "weights": "half.safetensors",
+        "pool": "avg",
+        "image_size": "64x64",
+        "dtype": "float32",
+        "perceptual_mae_models": __version__,
+    }
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        FeatureExtractor(PICO, checkpoint=tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("model", [PICO, "test_vit"])
+def test_a_foreign_checkpoint_never_leaves_random_weights(tmp_path: Path, model: str) -> None:
+    save_file({"other.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(RuntimeError):
+        FeatureExtractor(model, checkpoint=tmp_path / "foreign.safetensors")
+
+
+def test_a_model_built_for_another_size(files: list[Path]) -> None:
+    extractor = FeatureExtractor(timm.create_model(PICO, depth=1, img_size=(32, 48)), "map")
+    assert extractor.input_size == (32, 48)
+    assert extractor(files[:1]).shape == (1, 192, 4, 6)
+    dynamic = FeatureExtractor(timm.create_model(PICO, depth=1, dynamic_img_size=True), "map")
+    assert dynamic(files[:1]).shape == (1, 192, 8, 8)
+
+
+def test_models_that_normalise_after_pooling(files: list[Path]) -> None:
+    model = timm.create_model("test_vit", img_size=64, global_pool="avg", num_classes=0).eval()
+    extractor = FeatureExtractor(model)
+    assert not isinstance(model.fc_norm, nn.Identity)
+    nn.init.normal_(model.fc_norm.weight)
+    pixels = torch.stack([extractor.transform(Image.open(file)) for file in files[:3]])
+    torch.testing.assert_close(extractor(files[:3]), model(pixels).detach())
+
+
+def test_convolutional_models(files: list[Path]) -> None:
+    for name in ("test_resnet", "test_mambaout"):  # channels first and last
+        model = timm.create_model(name).eval()
+        pixels = torch.stack([FeatureExtractor(model).transform(Image.open(file)) for file in files[:2]])
+        with torch.no_grad():
+            maps = model.forward_features(pixels)
+        maps = maps.permute(0, 3, 1, 2) if name == "test_mambaout" else maps
+        torch.testing.assert_close(FeatureExtractor(model, "map")(files[:2]), maps)
+        torch.testing.assert_close(FeatureExtractor(model)(files[:2]), maps.mean((2, 3)))
+        assert FeatureExtractor(model, "tokens")(files[:2]).shape == (2, maps[0, 0].numel(), maps.shape[1])
+        with pytest.raises(ValueError, match="no class token"):
+            FeatureExtractor(model, "cls")
+
+
+def test_wrong_arguments(pico: nn.Module, extractor: FeatureExtractor, files: list[Path]) -> None:
+    with pytest.raises(ValueError, match="pool is one of avg, cls, tokens, map, not 'max'"):
+        FeatureExtractor(pico, "max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype is one of"):
+        FeatureExtractor(pico, dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no pretrained_cfg"):
+        FeatureExtractor(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="goes with a model's name"):
+        FeatureExtractor(pico, checkpoint="weights.safetensors")
+    with pytest.raises(ValueError, match="no images"):
+        extractor([])
+    with pytest.raises(ValueError, match="batch_size"):
+        extractor.stream(files, batch_size=0)
+
+
+def test_model_names() -> None:
+    for name in (PICO, f"{PICO}.mae_imagenette", "resnet18", "hf-hub:someone/something"):
+        check_model_name(name)
+    with pytest.raises(UnknownModelError, match=PICO):
+        check_model_name("vit_pico_pacth8_pmae")
+    with pytest.raises(UnknownModelError, match=r"no tag 'mae_in22k'; there are .*vit_base_patch16_pmae\.mae_in1k"):
+        check_model_name("vit_base_patch16_pmae.mae_in22k")
+    with pytest.raises(UnknownModelError, match="pmae list"):
+        FeatureExtractor("qqqqqqqqqqqqqq")
+
+
+def test_default_device() -> None:
+    assert default_device() == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,56 @@
+"""Weighted k-NN against a brute-force reference, and what the embedded encoder is worth."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from perceptual_mae_models.features import FeatureExtractor
+from training.data.images import ImageSource
+from training.evaluate.knn import extract, knn_predict
+
+
+def brute_force(
+    bank: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, k: int, temperature: float, classes: int
+) -> int:
+    similarity = [
+        (sum(a * b for a, b in zip(query.tolist(), row.tolist(), strict=True)) / (query.norm() * row.norm())).item()
+        for row in bank
+    ]
+    nearest = sorted(range(len(bank)), key=lambda i: -similarity[i])[:k]
+    votes = [0.0] * classes
+    for i in nearest:
+        votes[int(labels[i])] += math.exp(similarity[i] / temperature)
+    return votes.index(max(votes))
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_equals_brute_force(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    bank, queries = torch.randn(40, 6, generator=generator), torch.randn(25, 6, generator=generator) * 3
+    labels = torch.randint(4, (40,), generator=generator)
+    predicted = knn_predict(bank, labels, queries, k=k, chunk=7)
+    assert predicted.tolist() == [brute_force(bank, labels, query, k, 0.07, 4) for query in queries]
+
+
+def test_near_neighbours_outvote_many_far_ones() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1, 1, 1])
+    assert knn_predict(bank, labels, torch.tensor([[1.0, 0.1]]), k=4).tolist() == [0]
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_impossible_k_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match="between 1 and the 4 bank entries"):
+        knn_predict(torch.rand(4, 2), torch.zeros(4, dtype=torch.long), torch.rand(1, 2), k=k)
+
+
+@pytest.mark.slow
+def test_embedded_encoder_reaches_half_of_imagenette_val(real_data: Path) -> None:
+    extractor = FeatureExtractor("vit_pico_patch8_pmae", pool="avg")
+    bank, queries = (ImageSource(real_data / f"imagenette-128-{split}.tar") for split in ("train", "val"))
+    assert bank.classes == queries.classes
+    predicted = knn_predict(extract(extractor, bank), torch.tensor(bank.labels), extract(extractor, queries), k=20)
+    accuracy = (predicted == torch.tensor(queries.labels)).double().mean().item()
+    assert accuracy >= 0.50

@@ -1,0 +1,135 @@
+"""What the embedded weights do, in one picture: similar photographs found, and masked ones rebuilt.
+
+    python training/demo.py --out demo.png
+
+The photographs come inside scikit-image and scikit-learn; nothing is downloaded.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
+
+import perceptual_mae_models
+from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
+from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
+from perceptual_mae_models.images import open_image
+from training.export import load_autoencoder
+from training.run.seeding import generator
+from training.step import reconstruct
+
+MODEL = "vit_pico_patch8_pmae"
+PHOTOGRAPHS = {
+    "skimage.data": (
+        *("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
+        *("hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
+    ),
+    "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
+}
+QUERIES = ("coffee", "chelsea", "china", "flower", "grass")
+REBUILT = ("china", "chelsea", "coffee", "flower", "astronaut", "rocket")
+
+
+def photographs() -> dict[str, Image.Image]:
+    """The photographs by name, RGB."""
+    return {
+        Path(name).stem: open_image(Path(str(files(package) / name)))
+        for package, names in PHOTOGRAPHS.items()
+        for name in names
+    }
+
+
+def crops(photograph: Image.Image) -> Iterator[Image.Image]:
+    """Four overlapping square crops, towards the corners of a photograph."""
+    side = round(0.7 * min(photograph.size))
+    for top in (0, photograph.height - side):
+        for left in (0, photograph.width - side):
+            yield photograph.crop((left, top, left + side, top + side))
+
+
+def similar_crops(extractor: FeatureExtractor, images: dict[str, Image.Image]) -> tuple[Image.Image, int]:
+    """A row for each query crop with the crops most like it; and how many of them are of the same photograph."""
+    tiles = {f"{name} {number}": crop for name, image in images.items() for number, crop in enumerate(crops(image), 1)}
+    features = extractor(list(tiles.values()))
+    names = [f"{name} 1" for name in QUERIES]
+    rows_of = [list(tiles).index(name) for name in names]
+    matches = nearest(
+        FeatureBatch(tuple(names), features[rows_of], ()), [FeatureBatch(tuple(tiles), features, ())], k=5
+    )
+    rows = [
+        GalleryRow(Tile(tiles[name], name), [Tile(tiles[m.name], m.name, m.similarity) for m in found])
+        for name, found in zip(names, matches, strict=True)
+    ]
+    siblings = sum(
+        m.name.split()[0] == name.split()[0] for name, found in zip(names, matches, strict=True) for m in found[:3]
+    )
+    subtitle = f"{len(tiles)} crops of {len(images)} photographs, cosine similarity of {MODEL} features"
+    return neighbour_gallery(rows, "Nearest neighbours", subtitle), siblings
+
+
+def rebuilt(images: dict[str, Image.Image], *, scale: int = 3, gap: int = 14, margin: int = 36) -> Image.Image:
+    """Photographs, what the encoder saw of them, and what the decoder made of that."""
+    encoder = timm.create_model(MODEL, pretrained=True).eval()
+    decoder_file = Path(perceptual_mae_models.__file__).parent / "pretrained" / f"{MODEL}.mae_imagenette"
+    network, recipe = load_autoencoder(encoder, decoder_file.with_name(decoder_file.name + ".decoder.safetensors"))
+    height, width = network.image_size
+    pixels = [center_crop(resize(images[name], [height], antialias=True), [height, width]) for name in REBUILT]
+    batch = torch.stack([pil_to_tensor(image) for image in pixels]).float() / 255  # (N, 3, H, W)
+    noise = torch.rand(len(batch), network.num_patches, generator=generator(0, "demo"))
+    views = reconstruct(network.eval(), batch, noise, recipe)
+    rows = {
+        "original": views["original"],
+        f"{recipe.mask_ratio:.0%} hidden": views["masked"],
+        "rebuilt": views["pasted"],
+    }
+
+    tile_w, tile_h, label_w = width * scale, height * scale, 110
+    canvas = Image.new(
+        "RGB",
+        (2 * margin + label_w + len(batch) * (tile_w + gap) - gap, 92 + len(rows) * (tile_h + gap) - gap + margin),
+        "white",
+    )
+    draw = ImageDraw.Draw(canvas)
+    draw.text((margin, 26), "Masked photographs, rebuilt", "#1b1f24", ImageFont.load_default(24))
+    note = (
+        f"{height} x {width} pixels; each hidden patch takes brightness and contrast from the original (norm_pix_loss)"
+    )
+    draw.text((margin, 58), note, "#6a737d", ImageFont.load_default(14))
+    for row, (label, view) in enumerate(rows.items()):
+        top = 92 + row * (tile_h + gap)
+        draw.text((margin, top + tile_h // 2 - 10), label, "#1b1f24", ImageFont.load_default(16))
+        for column, image in enumerate(view):
+            tile = to_pil_image(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
+            canvas.paste(tile, (margin + label_w + column * (tile_w + gap), top))
+    return canvas
+
+
+def main() -> None:
+    """Write the picture and say where it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture to write")
+    out: Path = parser.parse_args().out
+    started = time.monotonic()
+    images = photographs()
+    neighbours, siblings = similar_crops(FeatureExtractor(MODEL), images)
+    reconstructions = rebuilt(images)
+    picture = Image.new(
+        "RGB",
+        (max(neighbours.width, reconstructions.width), neighbours.height + reconstructions.height),
+        "white",
+    )
+    picture.paste(neighbours, (0, 0))
+    picture.paste(reconstructions, (0, neighbours.height))
+    picture.save(out)
+    print(f"{siblings} of {3 * len(QUERIES)} nearest neighbours are crops of the same photograph as their query")
+    print(f"{out.resolve()}: written in {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
