@@ -25,12 +25,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from perceptual_mae_models.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor  # not at run time: problems with the output are told before torch is imported
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")
 
@@ -78,7 +80,7 @@ class FeatureWriter:
         self._row_spool = self._spool_paths[0].open("xb")
         self._name_spool = self._spool_paths[1].open("xb")
 
-    def write(self, names: Sequence[str], features: Tensor) -> None:
+    def write(self, names: Sequence[str], features: "Tensor") -> None:
         """Appends rows.
 
         Args:

@@ -120,7 +120,7 @@ def test_modes_of_one_photograph(extractor: FeatureExtractor, files: list[Path],
     assert similarity(features["grey16"], features["grey"]) > 0.9999
     assert other < 0.95
     for name in ("palette", "cmyk"):
-        assert similarity(features[name], features["photo"]) > 0.98, name
+        assert similarity(features[name], features["photo"]) > 0.95, name
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from training import pretrain
-from training.export import load_autoencoder
+from training.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[1]
 # a fraction of a second a step: the smallest decoder that the recipe allows behind the smallest encoder

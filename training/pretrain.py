@@ -34,15 +34,15 @@ from perceptual_mae_models.features import check_model_name
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler
-from training.export import export_run, versions
 from training.grids import FixedGrid
 from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder, init_mae_weights
 from training.recipes import METHODS, Recipe
 from training.run.checkpoint import CheckpointError, load_checkpoint
-from training.run.folder import RunError, create_run_folder, find_checkpoint
+from training.run.folder import RunError, create_run_folder, find_checkpoint, versions
 from training.run.record import Intervals, RunRecord
 from training.run.seeding import derive_seed, generator
 from training.step import NonFiniteGuard, generator_update
+from training.weights import save_run_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class Runtime:
     """Loader processes per training process; 0 loads in the training process."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU where there is one."""
+    compile: bool = False
+    """torch.compile the network: faster steps after a slow first one; the result differs by float rounding only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,10 @@ class Output:
     """Steps between pictures of reconstructions; 0: none."""
     max_broken: float = 0.01
     """Stop when a larger share of the images seen did not decode."""
+
+    def __post_init__(self) -> None:
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"--keep-checkpoints is {self.keep_checkpoints}: it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +179,7 @@ def pretrain(config: Config) -> None:
         progress = load_checkpoint(checkpoint, learner.modules(), learner.optimizers())
     progress = optimise(config, accelerator, source, learner, total_steps, progress)
     if accelerator.is_main_process:
-        export_run(output.out, learner.exported, recipe, progress)
+        save_run_weights(output.out, learner.exported, recipe, progress)
     accelerator.end_training()
 
 
@@ -199,7 +205,7 @@ def optimise(
     views = RandomViews(source, network.image_size, recipe.crop_scale, recipe.seed)
     loader = create_loader(views, sampler, workers=config.runtime.workers)
     scheduler = create_scheduler(learner.optimizer, recipe, total_steps)
-    model = accelerator.prepare_model(network)
+    model = accelerator.prepare_model(torch.compile(network) if config.runtime.compile else network)
     guard = NonFiniteGuard(torch.zeros((), device=device))
     grid = FixedGrid(source, network, recipe)
     record = RunRecord(

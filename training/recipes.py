@@ -81,9 +81,10 @@ class Recipe:
 
 
 def mae(model: str) -> Recipe:
-    """MAE's published recipe (appendix A.1) for 224 px encoders; a light decoder and small batches for `vit_pico`.
+    """Masked autoencoder: squared error of the hidden patches.
 
-    The pico recipe is the one the embedded weights were made with, on two CPU cores without bf16 units.
+    MAE's published recipe (appendix A.1) over the 300 epochs of Perceptual MAE; for `vit_pico` a light decoder and
+    small batches, the recipe of the embedded weights, made on two CPU cores without bf16 units.
     """
     imagenet = Recipe(method="mae", model=model)
     if not model.startswith("vit_pico"):

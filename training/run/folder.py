@@ -1,9 +1,12 @@
 """The run folder: one run, one recipe."""
 
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from perceptual_mae_models.version import __version__
 from training.run.checkpoint import newest_checkpoint
 
 
@@ -61,3 +64,9 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
         raise RunError(
             f"{out} was started otherwise ({'; '.join(differences)}): give the same values, or another --out"
         )
+
+
+def versions() -> dict[str, str]:
+    """Versions of whatever decides the bits of a run."""
+    packages = {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "pillow")}
+    return {"perceptual_mae_models": __version__, "python": platform.python_version(), **packages}

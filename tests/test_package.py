@@ -1,0 +1,93 @@
+"""What users install: the wheel, the embedded weights and their papers."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from perceptual_mae_models.features import FeatureExtractor
+from training import demo
+from training.step import mae_loss
+from training.weights import load_autoencoder
+
+ROOT = Path(__file__).parents[1]
+PRETRAINED = ROOT / "perceptual_mae_models" / "pretrained"
+EMBEDDED = "vit_pico_patch8_pmae.mae_imagenette"
+
+
+@pytest.fixture(scope="module")
+def provenance() -> dict[str, dict[str, object]]:
+    papers: dict[str, dict[str, object]] = json.loads((PRETRAINED / f"{EMBEDDED}.json").read_text())
+    return papers
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    finished = subprocess.run(build, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 10e6
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"perceptual_mae_models"}
+    assert f"perceptual_mae_models/pretrained/{EMBEDDED}.safetensors" in names
+
+
+def test_no_dependency_of_training_at_run_time() -> None:
+    code = "import perceptual_mae_models.cli, perceptual_mae_models.features, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    roots = {name.split(".")[0] for name in loaded}
+    assert not roots & {"training", "accelerate", "tyro", "pyarrow", "skimage", "sklearn", "transformers"}
+
+
+def test_embedded_weights_load_with_the_network_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("the network is cut")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model = timm.create_model("vit_pico_patch8_pmae", pretrained=True)
+    fresh = timm.create_model("vit_pico_patch8_pmae", pretrained=False)
+    assert model.pretrained_cfg["tag"] == "mae_imagenette"
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, fresh.state_dict()[name])]
+    # positions differ from the fresh ones by their rounding to half precision only
+    assert set(changed) == set(model.state_dict())
+    torch.testing.assert_close(model.pos_embed, fresh.pos_embed, atol=1e-3, rtol=0)
+
+
+def test_provenance_matches_the_files(provenance: dict[str, dict[str, object]]) -> None:
+    assert provenance["name"] == EMBEDDED
+    assert provenance["recipe"]["model"] == "vit_pico_patch8_pmae"
+    assert provenance["recipe"]["epochs"] >= 100  # type: ignore[operator]
+    for name, facts in provenance["files"].items():
+        content = (PRETRAINED / name).read_bytes()
+        assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "dtype": "float16"}
+        assert len(content) < 8e6
+    assert provenance["data"]["images"] == 9469
+    assert provenance["data"]["terms"]
+    assert [result["accuracy_percent"] for result in provenance["results"]]  # type: ignore[index, union-attr]
+
+
+def test_the_embedded_decoder_rebuilds_better_than_nothing() -> None:
+    """Of normalised patches, predicting nothing at all leaves an error of 191/192 (their sample variance is 1)."""
+    encoder = timm.create_model("vit_pico_patch8_pmae", pretrained=True)
+    network, recipe = load_autoencoder(encoder, PRETRAINED / f"{EMBEDDED}.decoder.safetensors")
+    assert recipe.norm_pix_loss
+    pixels = [pil_to_tensor(photo.resize((64, 64))) for photo in demo.photographs().values()]
+    images = torch.stack(pixels).float() / 255
+    noise = torch.rand(len(images), network.num_patches, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = network.eval()(images, noise)
+    loss = mae_loss(output, images, network, norm_pix_loss=True)["reconstruction"].item()
+    assert loss < 0.85
+
+
+def test_crops_of_a_photograph_find_each_other() -> None:
+    _, siblings = demo.similar_crops(FeatureExtractor("vit_pico_patch8_pmae"), demo.photographs())
+    assert siblings >= 10, "of the 15 nearest neighbours, those of the query's own photograph"

@@ -1,0 +1,51 @@
+"""The weight files of a run: an encoder that timm loads, and the decoder that goes behind it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder
+from training.recipes import Recipe
+from training.run.checkpoint import write_atomically
+
+
+def save_run_weights(out: Path, network: MaskedAutoencoder, recipe: Recipe, progress: dict[str, Any]) -> None:
+    """Write `encoder.safetensors` and `decoder.safetensors` into a run folder.
+
+    Both carry the recipe in their metadata: the decoder is rebuilt from its file alone.
+    """
+    metadata = {"recipe": json.dumps(dataclasses.asdict(recipe)), "progress": json.dumps(progress)}
+    write_atomically(out / "encoder.safetensors", network.encoder.state_dict(), metadata)
+    write_atomically(out / "decoder.safetensors", network.decoder.state_dict(), metadata)
+
+
+def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAutoencoder, Recipe]:
+    """Put a saved decoder behind its encoder.
+
+    Args:
+        encoder: The encoder that was trained with it, loaded: a timm ViT.
+        decoder_file: A `decoder.safetensors` of `save_run_weights`.
+
+    Returns:
+        The autoencoder and the recipe it was trained with.
+
+    Raises:
+        RuntimeError: If the decoder is of another encoder's shape.
+        ValueError: If the encoder is no ViT that can be masked.
+    """
+    with safe_open(decoder_file, framework="pt") as file:
+        recipe = Recipe(**json.loads(file.metadata()["recipe"]))
+    network = build_autoencoder(
+        encoder,
+        decoder_dim=recipe.decoder_dim,
+        decoder_depth=recipe.decoder_depth,
+        decoder_heads=recipe.decoder_heads,
+        mask_ratio=recipe.mask_ratio,
+    )
+    network.decoder.load_state_dict(load_file(decoder_file))
+    return network, recipe
