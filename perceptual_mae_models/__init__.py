@@ -8,39 +8,29 @@ model = timm.create_model("vit_pico_patch8_pmae", pretrained=True)
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
-from .vision_transformer_pmae import (
-    vit_base_patch16_pmae,
-    vit_huge_patch14_pmae,
-    vit_large_patch16_pmae,
-    vit_pico_patch8_pmae,
-    vit_small_patch16_pmae,
-    vit_tiny_patch16_pmae,
-)
-from .weights import CheckpointError, WeightsUnavailableError
 
 if TYPE_CHECKING:
     from .features import FeatureExtractor
+    from .weights import CheckpointError, WeightsUnavailableError
 
-__all__ = [
-    "CheckpointError",
-    "FeatureExtractor",
-    "WeightsUnavailableError",
-    "vit_base_patch16_pmae",
-    "vit_huge_patch14_pmae",
-    "vit_large_patch16_pmae",
-    "vit_pico_patch8_pmae",
-    "vit_small_patch16_pmae",
-    "vit_tiny_patch16_pmae",
-]
+__all__ = ["CheckpointError", "FeatureExtractor", "WeightsUnavailableError"]
+
+# The `pmae` command passes here on its way to cli.py, and its help must not wait seconds for torch: its subcommands
+# register the encoders themselves.
+if Path(sys.argv[0] if sys.argv else "").name not in ("pmae", "pmae.exe"):
+    from . import vision_transformer_pmae as vision_transformer_pmae
+
+_MODULE_OF = {"FeatureExtractor": "features", "CheckpointError": "weights", "WeightsUnavailableError": "weights"}
 
 
 def __getattr__(name: str) -> Any:
     # Reading images needs modules that most users of the encoders never touch; they are imported on first use.
-    if name == "FeatureExtractor":
-        from .features import FeatureExtractor
-
-        return FeatureExtractor
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

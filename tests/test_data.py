@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from perceptual_mae_models.images import ImageError
+from training.data import images
 from training.data.images import ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 
@@ -50,6 +51,17 @@ def batches(root: Path, *, workers: int = 0, steps: range = range(4)) -> list[to
 
 def test_workers_change_nothing(photos: Path) -> None:
     assert all(map(torch.equal, batches(photos), batches(photos, workers=2)))
+
+
+def test_caching_changes_nothing_and_decodes_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ImageSource(photos, cache=True)
+    views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
+    first = [views[ImageKey(0, i)][0] for i in range(24)]
+    plain = RandomViews(ImageSource(photos), (32, 32), (0.2, 1.0), seed=0)
+    assert all(map(torch.equal, first, (plain[ImageKey(0, i)][0] for i in range(24))))
+    monkeypatch.setattr(images, "open_image", None)  # whatever is not kept fails
+    again = [views[ImageKey(0, i)][0] for i in range(24)]
+    assert all(map(torch.equal, first, again))
 
 
 def test_views_ignore_and_keep_the_global_generator(photos: Path) -> None:

@@ -32,10 +32,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @pytest.fixture(scope="module")
 def pico() -> nn.Module:
     """Two blocks of the pico encoder, with weights that spread the features as trained ones do."""
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     model = timm.create_model(PICO, pretrained=False, depth=2).eval()
-    for parameter in model.blocks.parameters():
-        parameter.data.mul_(4)
+    for parameter in model.parameters():
+        if parameter.ndim in (2, 4):  # not the position embedding
+            parameter.data.normal_(std=0.1, generator=generator)
     return model
 
 
@@ -117,8 +118,8 @@ def test_modes_of_one_photograph(extractor: FeatureExtractor, files: list[Path],
     other = similarity(extractor(files[1]), features["photo"])
     for name in ("rgba", "rotated"):
         torch.testing.assert_close(features[name], features["photo"], atol=0, rtol=0)
-    assert similarity(features["grey16"], features["grey"]) > 0.9999
-    assert other < 0.95
+    assert similarity(features["grey16"], features["grey"]) > 0.999
+    assert other < 0.9
     for name in ("palette", "cmyk"):
         assert similarity(features[name], features["photo"]) > 0.95, name
 

@@ -51,6 +51,8 @@ class Runtime:
 
     workers: int = 2
     """Loader processes per training process; 0 loads in the training process."""
+    cache_images: bool = False
+    """Keep decoded images in the memory of every loader process (4 bytes a pixel), for small data sets."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     compile: bool = False
@@ -161,7 +163,7 @@ def pretrain(config: Config) -> None:
     # without cpu=True, accelerate takes the processes of a launcher on a machine without GPUs for single ones
     use_cpu = config.runtime.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision="no", cpu=use_cpu)
-    source = ImageSource(output.data)
+    source = ImageSource(output.data, cache=config.runtime.cache_images)
     learner = create_learner(recipe, accelerator.device)
     total_steps = recipe.num_steps(len(source))
     description = {

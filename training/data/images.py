@@ -21,18 +21,20 @@ class ImageSource:
 
     Args:
         root: A folder, or a .tar file.
+        cache: Keep every decoded image in memory, 4 bytes a pixel; each loader process keeps its own.
 
     Raises:
         FileNotFoundError: If `root` does not exist or holds no image.
         ValueError: If `root` is a file but no .tar.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, cache: bool = False) -> None:
         if not root.exists():
             raise FileNotFoundError(f"--data {root}: no such folder or tar file")
         if root.is_file() and root.suffix != ".tar":
             raise ValueError(f"--data {root}: give a folder of images or an uncompressed .tar of them")
         self.root = root
+        self.decoded: dict[int, Image.Image] | None = {} if cache else None
         # a tar is opened anew for every image: a handle shared by forked workers would be a shared file position
         options: dict[str, Any] = {"cache_tarfiles": False} if root.is_file() else {}
         try:
@@ -60,17 +62,22 @@ class ImageSource:
         return [int(target) for _, target in self.reader.samples]
 
     def load(self, index: int) -> Image.Image:
-        """Decode an image to RGB.
+        """Decode an image to RGB; not to be written to.
 
         Raises:
             ImageError: If it does not decode.
         """
+        if self.decoded is not None and index in self.decoded:
+            return self.decoded[index]
         stream, _ = self.reader[index]
         with stream:
             try:
-                return open_image(Image.open(stream))
+                image = open_image(Image.open(stream))
             except (OSError, ImageError) as error:
                 raise ImageError(self.name(index), str(error)) from error
+        if self.decoded is not None:
+            self.decoded[index] = image
+        return image
 
 
 class Batch(NamedTuple):
