@@ -115,7 +115,7 @@ def test_builds_on_the_meta_device(name):
 def test_every_architecture_is_registered_and_exported():
     assert timm.list_models(module=MODULE) == ARCHITECTURES
     for name in ARCHITECTURES:
-        assert getattr(perceptual_mae_models, name) is timm.model_entrypoint(name)
+        assert getattr(perceptual_mae_models.vision_transformer_pmae, name) is timm.model_entrypoint(name)
     assert set(perceptual_mae_models.vision_transformer_pmae.__all__) == set(ARCHITECTURES)
 
 
