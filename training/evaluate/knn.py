@@ -80,6 +80,7 @@ def main(
         random: Random weights: what the architecture alone is worth.
         json_file: Write the result here too.
     """
+    torch.manual_seed(0)  # decides random weights, and nothing else here
     extractor = FeatureExtractor(model, pool=pool, checkpoint=checkpoint, pretrained=not random)
     bank_source, query_source = ImageSource(train), ImageSource(val)
     if bank_source.classes != query_source.classes:
