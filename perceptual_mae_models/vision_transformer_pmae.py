@@ -13,16 +13,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
+from torch.torch_version import TorchVersion
 
 from .pos_embed import build_2d_sincos_pos_embed
 from .weights import NOT_PUBLISHED, checkpoint_filter_fn, explain_unreadable_weights
 
 __all__: list[str] = []  # a list because timm's `register_model` appends to it
 
+# Without a file name timm asks the Hub for two files, and a dead network costs a minute of retries; but before 1.0.29
+# timm hands a named file to `torch.load`, and looks for model.safetensors by itself only without a name.
+_TIMM_READS_SAFETENSORS_BY_NAME = TorchVersion(timm.__version__) >= "1.0.29"
 _HUB_ORGANISATION = "perceptual-mae"
 _EMBEDDED = Path(__file__).parent / "pretrained"
 
@@ -52,8 +57,7 @@ _COMMON_FACTS = {
     "std": IMAGENET_DEFAULT_STD,
     "first_conv": "patch_embed.proj",
     "classifier": "head",
-    # Without a file name timm asks the Hub for two files, and a dead network costs a minute of retries.
-    "hf_hub_filename": "model.safetensors",
+    "hf_hub_filename": "model.safetensors" if _TIMM_READS_SAFETENSORS_BY_NAME else None,
 }
 
 
