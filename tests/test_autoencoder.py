@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from perceptual_mae_models.features import FeatureExtractor
-from training.losses.pixel import masked_l2, normalise_patches
+from training.grids import reconstruct
+from training.losses.pixel import normalise_patches, patch_error
 from training.networks.autoencoder import (
     MaskedAutoencoder,
     build_autoencoder,
@@ -17,7 +18,7 @@ from training.networks.autoencoder import (
     unpatchify,
 )
 from training.recipes import Recipe
-from training.step import mae_loss, reconstruct
+from training.step import reconstruction_loss
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -66,7 +67,7 @@ def test_loss_counts_hidden_patches_only_and_has_a_known_value() -> None:
     target = torch.zeros(1, 4, 2)
     pred = torch.tensor([[[1.0, 3.0], [100.0, 100.0], [2.0, 0.0], [7.0, 7.0]]])
     mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
-    assert masked_l2(pred, target, mask).item() == pytest.approx(((1 + 9) / 2 + (4 + 0) / 2) / 2)
+    assert patch_error(pred, target, mask, 2).item() == pytest.approx(((1 + 9) / 2 + (4 + 0) / 2) / 2)
 
 
 def test_visible_everything_equals_timm_itself() -> None:
@@ -75,7 +76,7 @@ def test_visible_everything_equals_timm_itself() -> None:
     images = torch.rand(2, 3, 32, 32)
     ids_keep, _, mask = random_masking(torch.rand(2, 16), 0.0)
     assert not mask.any()
-    latent = network.encode(images, ids_keep)
+    latent, _ = network.encode(images, ids_keep)
     plain = network.encoder.forward_features(network.standardise(images))
     shuffled = plain[:, 1:].gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, 24))
     torch.testing.assert_close(latent, torch.cat([plain[:, :1], shuffled], dim=1), atol=1e-5, rtol=1e-5)
@@ -147,7 +148,7 @@ def test_equals_transformers(norm_pix_loss: bool) -> None:
     images, noise = torch.rand(3, 3, 32, 32), torch.rand(3, 16)
     with torch.no_grad():
         output = network(images, noise)
-        loss = mae_loss(output, images, network, norm_pix_loss=norm_pix_loss)["reconstruction"]
+        loss = reconstruction_loss(output, images, network, Recipe(method="mae", norm_pix_loss=norm_pix_loss))
         expected = theirs(network.standardise(images), noise=noise)
         latent = theirs.vit(network.standardise(images), noise=noise).last_hidden_state
     torch.testing.assert_close(output.latent, latent, atol=1e-5, rtol=0)
@@ -160,7 +161,7 @@ def test_every_parameter_learns_but_the_fixed_positions() -> None:
     network = small_autoencoder()
     images = torch.rand(2, 3, 32, 32)
     output = network(images, torch.rand(2, 16))
-    mae_loss(output, images, network, norm_pix_loss=True)["reconstruction"].backward()
+    reconstruction_loss(output, images, network, Recipe(method="mae")).backward()
     without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == ["encoder.pos_embed"]
 

@@ -1,52 +1,240 @@
-"""The step: it learns, it withholds bad updates, and processes add up."""
+"""The step: every term learns where it should and nowhere else, bad updates are withheld, processes add up."""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_autoencoder import small_autoencoder
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.recipes import Recipe
-from training.step import NonFiniteGuard, clip_gradient, generator_update, mae_loss
+from training import recipes
+from training.draws import draw
+from training.recipes import METHODS, AdversarialRecipe, Recipe
+from training.step import clip_gradient, training_step
+from training.team import NonFiniteGuard, Team, create_team
 
-RECIPE = Recipe(method="mae", precision="fp32")
-
-
-def fused_adamw(network: torch.nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=lr, fused=True)
-
-
-def test_four_images_are_overfitted() -> None:
-    torch.manual_seed(0)
-    network = small_autoencoder()
-    optimizer, guard = fused_adamw(network, 3e-3), NonFiniteGuard(torch.zeros(()))
-    images, noise = torch.rand(4, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3), torch.rand(4, 16)
-    recipe = Recipe(method="mae", precision="fp32", norm_pix_loss=False)
-    history = [
-        generator_update(network, network, optimizer, guard, images, noise, recipe)["loss"].item() for _ in range(250)
-    ]
-    assert history[-1] < 0.03 * history[0]
+PICO = "vit_pico_patch8_pmae"
+FIVE = ("mae", "ms_ssim", "ls_gan_p", "msg_gan_p", "stylegan2_ada_p")
+CPU = torch.device("cpu")
 
 
-def test_a_non_finite_gradient_withholds_this_and_later_updates() -> None:
-    network = small_autoencoder()
-    optimizer, guard = fused_adamw(network), NonFiniteGuard(torch.zeros(()))
-    images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
-    before = {name: p.clone() for name, p in network.named_parameters()}
-    bad = images.clone()
+def tiny(method: str, **changes: object) -> Recipe:
+    """A method at the smallest size: 64 pixel images, a decoder of one narrow block for each scale."""
+    recipe = METHODS[method](PICO)
+    small: dict[str, object] = {"decoder_dim": 16, "decoder_heads": 2, "decoder_depth": 2, "batch_size": 8}
+    if isinstance(recipe, AdversarialRecipe):
+        small |= {"d_width": 512 if recipe.multi_scale else 8, "r1_every": 2, "path_every": 2}
+    return replace(recipe, **{**small, **changes})
+
+
+def photographs(n: int = 8) -> Tensor:
+    """Smooth images in [0, 1] that differ from each other."""
+    coarse = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.interpolate(coarse, (64, 64), mode="bilinear")
+
+
+def run_step(team: Team, step: int, *, share: slice = slice(0, 8), micro_batches: int = 1) -> dict[str, Tensor]:
+    draws = draw(team.recipe, step, team.network, share)
+    return training_step(team, photographs()[share], draws, step, micro_batches=micro_batches)
+
+
+def gradients_of_step(recipe: Recipe, step: int, **arguments: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the optimisers of a fresh team are given, by player and parameter, and the scalars."""
+    team = create_team(recipe, CPU)
+    collected = collect_gradients(team)
+    scalars = run_step(team, step, **arguments)
+    return collected, scalars
+
+
+def collect_gradients(team: Team) -> dict[str, Tensor]:
+    """Have the optimisers of a team hand out the gradients instead of using them."""
+    collected: dict[str, Tensor] = {}
+    players = {"G": team.player, **({"D": team.adversary.player} if team.adversary else {})}
+    for name, player in players.items():
+
+        def keep(name: str = name, network: torch.nn.Module = player.network) -> None:
+            for key, parameter in network.named_parameters():
+                if parameter.grad is not None:
+                    collected[f"{name}.{key}"] = parameter.grad.clone()
+
+        player.optimizer.step = keep  # type: ignore[assignment, method-assign]
+    return collected
+
+
+# --- who learns from what --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", FIVE)
+@pytest.mark.parametrize("step", [0, 1], ids=["penalties due", "none due"])
+def test_every_parameter_of_every_method_learns(method: str, step: int) -> None:
+    team = create_team(tiny(method), CPU)
+    collected = collect_gradients(team)
+    run_step(team, step)
+    expected = {f"G.{name}" for name, _ in team.network.named_parameters()} - {"G.encoder.pos_embed"}
+    if team.adversary:
+        expected |= {f"D.{name}" for name, _ in team.adversary.player.network.named_parameters()}
+    assert {name for name, gradient in collected.items() if gradient.any()} == expected
+    assert all(gradient.isfinite().all() for gradient in collected.values())
+
+
+@pytest.mark.parametrize("term", ["feature", "style", "adversarial"])
+@pytest.mark.parametrize("method", ["ls_gan_p", "msg_gan_p", "stylegan2_ada_p"])
+def test_each_term_alone_reaches_the_autoencoder_and_not_the_discriminator(method: str, term: str) -> None:
+    """Difference of two steps that differ in one weight: the discriminator's gradients must not feel it."""
+    weights = {"feature_weight": 0.0, "style_weight": 0.0, "adversarial_weight": 0.0}
+    without, _ = gradients_of_step(tiny(method, **weights), 1)
+    alone, scalars = gradients_of_step(tiny(method, **{**weights, f"{term}_weight": 1000.0}), 1)
+    assert scalars[f"loss/{term}"] != 0
+    name = "G.decoder.pred.weight"
+    assert (alone[name] - without[name]).abs().max() > 1e-7
+    for name, gradient in without.items():
+        if name.startswith("D."):
+            assert torch.equal(gradient, alone[name]), name
+
+
+def test_the_discriminators_update_leaves_no_gradient_at_the_autoencoder() -> None:
+    """With all weights of the autoencoder's terms but L1 at zero, its gradient is that of L1 alone."""
+    weights = {"feature_weight": 0.0, "style_weight": 0.0, "adversarial_weight": 0.0}
+    recipe = tiny("ls_gan_p", **weights)
+    adversarial, _ = gradients_of_step(recipe, 1)
+    plain = Recipe(**{name: getattr(recipe, name) for name in Recipe.__dataclass_fields__})
+    expected, _ = gradients_of_step(plain, 1)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(adversarial[name], gradient, atol=1e-8, rtol=1e-5)
+
+
+def test_feature_and_style_are_zero_for_a_perfect_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """phi(I) of the shared pass and phi(G(I_m)) come from the same weights and the same augmentation."""
+    team = create_team(tiny("stylegan2_ada_p"), CPU)
+    assert team.adversary is not None
+    assert team.adversary.state.ada is not None
+    team.adversary.state.ada.p.fill_(0.8)
+    images = photographs()
+    monkeypatch.setattr(team.network, "images", lambda preds: tuple(pyramid_of(team, images)))
+    scalars = run_step(team, 1)
+    assert scalars["loss/feature"] == 0
+    assert scalars["loss/style"] == 0
+
+
+def pyramid_of(team: Team, images: Tensor) -> tuple[Tensor, ...]:
+    from training.networks.autoencoder import image_pyramid
+
+    return tuple(image.clone().requires_grad_() for image in image_pyramid(images, team.network.num_scales))
+
+
+def test_before_its_start_the_discriminator_does_not_run() -> None:
+    team = create_team(tiny("msg_gan_p", adversarial_start=2), CPU)
+    assert team.adversary is not None
+    before = {key: value.clone() for key, value in team.adversary.player.network.state_dict().items()}
+    team.adversary.player.network.forward = None  # type: ignore[assignment]
+    collected = collect_gradients(team)
+    scalars = run_step(team, 0)
+    assert "loss_d" not in scalars
+    assert {name for name, g in collected.items() if g.any()} >= {"G.decoder.pred.weight", "G.encoder.cls_token"}
+    missing = {f"G.{name}" for name, _ in team.network.named_parameters()} - collected.keys()
+    assert missing == {"G.encoder.pos_embed"}, "coarse scales learn too"
+    assert all(torch.equal(before[k], v) for k, v in team.adversary.player.network.state_dict().items())
+    del team.adversary.player.network.forward
+    assert "loss_d" in run_step(team, 2)
+
+
+@pytest.mark.parametrize("phi", ["snapshot", "timm"])
+def test_other_phis_lend_features_and_do_not_learn(phi: str, tmp_path: Path) -> None:
+    changes: dict[str, object] = {"phi": "snapshot"}
+    if phi == "timm":
+        import timm
+        from safetensors.torch import save_file
+
+        weights = tmp_path / "resnet.safetensors"
+        save_file(timm.create_model("test_resnet").state_dict(), weights)
+        changes = {"phi": "timm:test_resnet", "phi_file": str(weights)}
+    team = create_team(tiny("ls_gan_p", **changes), CPU)
+    assert team.adversary is not None
+    assert team.adversary.phi is not None
+    before = {key: value.clone() for key, value in team.adversary.phi.state_dict().items()}
+    first = run_step(team, 1)["loss/feature"]
+    assert first > 0
+    run_step(team, 2)
+    assert all(torch.equal(before[key], value) for key, value in team.adversary.phi.state_dict().items())
+    assert not any(p.requires_grad for p in team.adversary.phi.parameters())
+    if phi == "snapshot":
+        team.refresh_phi()
+        assert any(not torch.equal(before[key], value) for key, value in team.adversary.phi.state_dict().items())
+
+
+def test_an_unknown_phi_is_explained() -> None:
+    with pytest.raises(ValueError, match="--phi timm:resnet_of_mine"):
+        create_team(tiny("ls_gan_p", phi="timm:resnet_of_mine"), CPU)
+
+
+# --- lazy penalties and state ----------------------------------------------------------------------------------------
+
+
+def test_penalties_run_when_due_and_count_for_their_interval() -> None:
+    due, scalars = gradients_of_step(tiny("stylegan2_ada_p"), 2)
+    skipped, none = gradients_of_step(tiny("stylegan2_ada_p"), 1)
+    assert {"loss/path_length", "loss_d/r1"} <= scalars.keys()
+    assert not {"loss/path_length", "loss_d/r1"} & none.keys()
+    # twice the interval, twice the strength: the mean over steps is the same
+    name = "D.blocks.0.conv1.weight"
+    name = next(key for key in due if key.startswith("D.") and key.endswith("weight"))
+    base, _ = gradients_of_step(tiny("stylegan2_ada_p", r1_gamma=0.0), 4)
+    every_2, _ = gradients_of_step(tiny("stylegan2_ada_p", r1_every=2), 4)
+    every_4, _ = gradients_of_step(tiny("stylegan2_ada_p", r1_every=4), 4)
+    torch.testing.assert_close(every_4[name] - base[name], 2 * (every_2[name] - base[name]), rtol=1e-3, atol=1e-7)
+    assert skipped.keys() == due.keys()
+
+
+def test_path_length_spares_the_encoder_unless_told() -> None:
+    weights = {"r1_gamma": 0.0, "path_every": 2}
+    off, _ = gradients_of_step(tiny("stylegan2_ada_p", path_weight=0.0, **weights), 2)
+    decoder, _ = gradients_of_step(tiny("stylegan2_ada_p", **weights), 2)
+    both, _ = gradients_of_step(tiny("stylegan2_ada_p", path_to_encoder=True, **weights), 2)
+    for name, gradient in off.items():
+        if name.startswith("G.encoder"):
+            torch.testing.assert_close(decoder[name], gradient)
+    assert not torch.allclose(decoder["G.decoder.blocks.0.mlp.fc1.weight"], off["G.decoder.blocks.0.mlp.fc1.weight"])
+    assert not torch.allclose(both["G.encoder.blocks.0.mlp.fc1.weight"], off["G.encoder.blocks.0.mlp.fc1.weight"])
+
+
+def test_path_mean_and_ada_move_and_are_in_the_checkpoint() -> None:
+    team = create_team(tiny("stylegan2_ada_p", ada_images=320), CPU)
+    assert team.adversary is not None
+    for step in range(4):
+        scalars = run_step(team, step)
+    state = team.modules()["adversary"].state_dict()
+    assert state["path_mean"] > 0
+    # 32 images of 320: p went up by a tenth or would have gone down from 0
+    assert state["ada.p"].item() == pytest.approx(0.1 if scalars["ada_sign"] > 0.6 else 0.0)
+
+
+# --- bad numbers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mae", "ls_gan_p"])
+def test_a_non_finite_gradient_withholds_this_and_later_updates(method: str) -> None:
+    team = create_team(tiny(method), CPU)
+    before = [p.clone() for module in team.modules().values() for p in module.parameters()]
+
+    def unchanged() -> bool:
+        now = [p for module in team.modules().values() for p in module.parameters()]
+        return all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+    bad = photographs()
     bad[0, 0, 0, 0] = float("nan")
-    scalars = generator_update(network, network, optimizer, guard, bad, noise, RECIPE)
-    assert not scalars["grad_norm"].isfinite()
-    generator_update(network, network, optimizer, guard, images, noise, RECIPE)
-    assert guard.tripped.item() == 1
-    assert all(torch.equal(before[name], p) for name, p in network.named_parameters())
-
-    fresh = NonFiniteGuard(torch.zeros(()))
-    generator_update(network, network, optimizer, fresh, images, noise, RECIPE)
-    assert any(not torch.equal(before[name], p) for name, p in network.named_parameters())
+    scalars = training_step(team, bad, draw(team.recipe, 1, team.network, slice(0, 8)), 1)
+    assert not scalars["loss/reconstruction"].isfinite() or not scalars["grad_norm"].isfinite()
+    run_step(team, 2)
+    assert team.guard.tripped.item() == 1
+    assert unchanged()
+    team.guard = NonFiniteGuard(torch.zeros(()))
+    run_step(team, 3)
+    assert not unchanged()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 5.0), (1.0, 1.0)])
@@ -57,31 +245,75 @@ def test_clipping_reports_the_norm_and_scales_down(limit: float | None, expected
     assert parameter.grad.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_losses_are_float32_under_autocast() -> None:
-    network = small_autoencoder()
-    images = torch.rand(2, 3, 32, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = network(images, torch.rand(2, 16))
-        assert output.pred.dtype == torch.bfloat16
-        assert mae_loss(output, images, network, norm_pix_loss=True)["reconstruction"].dtype == torch.float32
+@pytest.mark.parametrize("method", FIVE)
+def test_bf16_is_close_and_its_losses_are_float32(method: str) -> None:
+    _, exact = gradients_of_step(tiny(method), 2)
+    _, rough = gradients_of_step(tiny(method, precision="bf16"), 2)
+    assert rough.keys() == exact.keys()
+    assert all(value.dtype == torch.float32 for value in rough.values())
+    assert rough["loss"] != exact["loss"], "autocast was not on"
+    assert rough["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.05)
 
 
-def gradients(network: torch.nn.Module, model: torch.nn.Module, share: slice) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(4, 3, 32, 32, generator=generator)[share]
-    noise = torch.rand(4, 16, generator=generator)[share]
-    output = model(images, noise)
-    mae_loss(output, images, network, norm_pix_loss=True)["reconstruction"].backward()
-    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+# --- the same result however the batch is cut ------------------------------------------------------------------------
+
+
+def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, gradient in left.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(right[name], gradient, atol=1e-6 + 1e-4 * scale, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("method", FIVE)
+@pytest.mark.parametrize("step", [1, 2], ids=["none due", "penalties due"])
+def test_micro_batches_change_nothing(method: str, step: int) -> None:
+    whole, scalars = gradients_of_step(tiny(method), step)
+    parts, parts_scalars = gradients_of_step(tiny(method), step, micro_batches=2)
+    assert_same_gradients(whole, parts)
+    for name in scalars:
+        torch.testing.assert_close(parts_scalars[name], scalars[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", FIVE)
+def test_checkpointing_blocks_changes_nothing(method: str) -> None:
+    whole, _ = gradients_of_step(tiny(method), 2)
+    team = create_team(tiny(method), CPU)
+    team.network.grad_checkpointing = True
+    collected = collect_gradients(team)
+    run_step(team, 2)
+    assert_same_gradients(whole, collected)
+
+
+def two_process_cases() -> list[tuple[str, Recipe, int]]:
+    """Name, recipe and step of what two processes are compared on."""
+    cases = [(f"{method}-{step}", tiny(method), step) for method in FIVE for step in (1, 2)]
+    cases.append(("wgan", tiny("msg_gan_p", adversarial_loss="wgan_gp"), 1))
+    cases.append(("adaptive", tiny("ls_gan_p", adaptive_weight=True), 1))
+    return cases
 
 
 def worker(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    network = small_autoencoder()
-    torch.save(
-        gradients(network, DistributedDataParallel(network), slice(2 * rank, 2 * rank + 2)), folder / f"{rank}.pt"
-    )
+
+    def reduce(scale: float) -> Callable[[Tensor], Tensor]:
+        def apply(value: Tensor) -> Tensor:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+            return value * scale
+
+        return apply
+
+    for name, recipe, step in two_process_cases():
+        team = create_team(recipe, CPU)
+        team.reduce_sum, team.reduce_mean = reduce(1.0), reduce(0.5)
+        for player in (team.player, *([team.adversary.player] if team.adversary else [])):
+            player.model = DistributedDataParallel(player.network)
+        if team.adversary and team.adversary.state.ada:
+            team.adversary.state.ada.p.fill_(0.5)
+        collected = collect_gradients(team)
+        run_step(team, step, share=slice(4 * rank, 4 * rank + 4))
+        torch.save(collected, folder / f"{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -90,15 +322,42 @@ def test_two_gloo_processes_give_the_gradients_of_the_joined_batch(tmp_path: Pat
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], cwd=Path(__file__).parent)
         for rank in (0, 1)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    torch.manual_seed(0)
-    network = small_autoencoder()
-    joined = gradients(network, network, slice(None))
-    for rank in (0, 1):
-        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert shared.keys() == joined.keys()
-        for name, gradient in joined.items():
-            torch.testing.assert_close(shared[name], gradient, atol=1e-6, rtol=1e-5)
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    for name, recipe, step in two_process_cases():
+        team = create_team(recipe, CPU)
+        if team.adversary and team.adversary.state.ada:
+            team.adversary.state.ada.p.fill_(0.5)
+        joined = collect_gradients(team)
+        run_step(team, step)
+        for rank in (0, 1):
+            assert_same_gradients(joined, torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True))
+
+
+# --- it learns -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", FIVE)
+def test_four_images_are_overfitted(method: str) -> None:
+    changes = {"batch_size": 4, "norm_pix_loss": False, "decoder_dim": 64, "blr": 0.1}
+    recipe = tiny(method, **changes)
+    team = create_team(recipe, CPU)
+    for group in team.player.optimizer.param_groups:
+        group["lr"] = 1e-3
+    mask = draw(recipe, 0, team.network, slice(0, 4)).mask
+    history = []
+    for step in range(60):
+        draws = replace(draw(recipe, step, team.network, slice(0, 4)), mask=mask)
+        history.append(training_step(team, photographs(4), draws, step)["loss/reconstruction"].item())
+    assert history[-1] < 0.5 * history[0]
+
+
+def test_tapped_recipes_exist_for_every_method() -> None:
+    for method in (*FIVE, "debug"):
+        for model in (PICO, "vit_base_patch16_pmae", "vit_large_patch16_pmae"):
+            recipe = METHODS[method](model)
+            assert recipe.method == method
+    assert recipes.mae("vit_base_patch16_pmae").epochs == 300
+    assert nullcontext
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import perceptual_mae_models
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
 from perceptual_mae_models.images import open_image
+from training.grids import reconstruct
 from training.run.seeding import generator
-from training.step import reconstruct
 from training.weights import load_autoencoder
 
 MODEL = "vit_pico_patch8_pmae"

@@ -4,15 +4,50 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
-from training.networks.autoencoder import MaskedAutoencoder
+from training.losses.pixel import normalise_patches
+from training.networks.autoencoder import MaskedAutoencoder, Reconstruction
 from training.recipes import Recipe
 from training.run.seeding import generator
-from training.step import reconstruct
+
+
+@torch.no_grad()
+def reconstruct(network: MaskedAutoencoder, images: Tensor, noise: Tensor, recipe: Recipe) -> dict[str, Tensor]:
+    """Pictures of what the network does.
+
+    With `norm_pix_loss` the prediction has no brightness or contrast of its own: each patch takes those of the
+    original, as in MAE's figures.
+
+    Args:
+        network: The autoencoder.
+        images: (N, 3, H, W) in [0, 1].
+        noise: (N, L), decides the masks.
+        recipe: Tells the space of the prediction.
+
+    Returns:
+        (N, 3, H, W) images in [0, 1]: `original`, `masked` (hidden patches grey), `rebuilt` (every patch predicted),
+        `pasted` (visible patches as they are, hidden ones predicted) and, from a multi-scale decoder, `<h>x<w>` for
+        every coarser scale, enlarged to full size.
+    """
+    output: Reconstruction = network(images, noise)
+    target, pred = network.target(images), output.pred.float()
+    if recipe.norm_pix_loss:
+        _, mean, std = normalise_patches(target)
+        pred = pred * std + mean
+    hidden = output.mask.unsqueeze(-1)  # (N, L, 1)
+    coarse = [image.clamp(0, 1) for image in network.images(output.preds)[1:]] if network.num_scales > 1 else []
+    return {
+        "original": images,
+        "masked": network.to_images(target * (1 - hidden)),  # 0 in the standardised space is ImageNet's mean colour
+        "rebuilt": network.to_images(pred),
+        "pasted": network.to_images(target * (1 - hidden) + pred * hidden),
+        **{f"{x.shape[2]}x{x.shape[3]}": interpolate(x, images.shape[2:], mode="nearest-exact") for x in coarse},
+    }
 
 
 class FixedGrid:
@@ -26,7 +61,7 @@ class FixedGrid:
     """
 
     def __init__(self, source: ImageSource, network: MaskedAutoencoder, recipe: Recipe, *, count: int = 8) -> None:
-        height, width = (side * network.patch_size for side in network.grid_size)
+        height, width = network.image_size
         crop = v2.Compose(
             [v2.Resize(max(height, width), antialias=True), v2.CenterCrop((height, width)), v2.PILToTensor()]
         )
@@ -37,12 +72,11 @@ class FixedGrid:
             except ImageError:  # noqa: PERF203  (a broken image is left out of the picture)
                 continue
         self.images = torch.stack(images[:count]).float() / 255  # (count, 3, H, W)
-        length = network.grid_size[0] * network.grid_size[1]
-        self.noise = torch.rand(len(self.images), length, generator=generator(recipe.seed, "grid"))
+        self.noise = torch.rand(len(self.images), network.num_patches, generator=generator(recipe.seed, "grid"))
         self.recipe = recipe
 
     def save(self, network: MaskedAutoencoder, path: Path) -> None:
-        """Write a PNG; its rows are the originals, masked, rebuilt, and rebuilt with the visible patches pasted in."""
+        """Write a PNG, a row for each kind of picture that `reconstruct` makes, in its order."""
         device = network.mean.device
         training = network.training
         network.eval()

@@ -1,25 +1,38 @@
 """Recipes: everything that changes the result of a pretraining run, as data.
 
 A recipe is a frozen dataclass; the function named after a method returns the recipe of that method for a model. What
-must not change the result (workers, logging) is in `training/pretrain.py`.
+must not change the result (workers, micro-batches, logging) is in `training/pretrain.py`.
+
+The values for ImageNet encoders are those of the paper and its release, filled up with MAE's published recipe and with
+each technique's own paper; `training/README.md` lists the source of each.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from tyro.conf import Suppress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A pretraining run, up to the images."""
 
-    method: Literal["mae"]
-    """What is optimised; set by the subcommand."""
+    method: Annotated[str, Suppress]
+    """Name of the recipe; set by the subcommand."""
     model: str = "vit_base_patch16_pmae"
     """Encoder to pretrain, an architecture name of `pmae list`."""
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder, in (0, 1)."""
+
+    reconstruction: Literal["l1", "l2", "ssim_l1", "ms_ssim"] = "l2"
+    """Distance between prediction and image. l1, l2: of standardised pixels; ssim_l1: the release's 0.85 SSIM + 0.15 L1
+    over four scales; ms_ssim: 1 - MS-SSIM."""
+    loss_on: Literal["hidden", "image"] = "hidden"
+    """Where l1 and l2 count: on the hidden patches or on the whole image. The SSIM losses need the whole image."""
     norm_pix_loss: bool = True
-    """Compare patches brought to zero mean and unit variance (better features) instead of plain pixels."""
+    """Compare patches brought to zero mean and unit variance (better features) instead of plain pixels; l1, l2 only."""
+    multi_scale: bool = False
+    """Decoder with skips from the encoder and an image at every scale, instead of MAE's plain one."""
     decoder_dim: int = 512
     """Width of the decoder."""
     decoder_depth: int = 8
@@ -32,17 +45,17 @@ class Recipe:
     steps: int | None = None
     """Optimiser steps; instead of --epochs."""
     batch_size: int = 4096
-    """Images a step, over all processes together."""
+    """Images a step, over all processes and micro-batches together."""
     blr: float = 1.5e-4
     """Base learning rate: that of 256 images a step; the peak rate is blr * batch_size / 256."""
     warmup: float = 40 / 300
-    """Share of the run in which the learning rate rises from 0 to its peak; a half-cosine to 0 follows."""
+    """Share of the run in which the learning rates rise from 0 to their peak; a half-cosine to 0 follows."""
     weight_decay: float = 0.05
     """AdamW weight decay, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW momenta."""
     clip_grad: float | None = None
-    """Largest gradient norm; larger gradients are scaled down to it. None: no limit."""
+    """Largest gradient norm of the autoencoder; larger gradients are scaled down to it. None: no limit."""
     ema_decay: float | None = None
     """Decay a step of an exponential moving average of the weights, which is then exported. None: no average."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -50,11 +63,23 @@ class Recipe:
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast with losses in float32. fp32: everything in float32, for processors without bf16 units."""
     seed: int = 0
-    """Decides the initial weights, the order of the images, the crops and the masks."""
+    """Decides the initial weights, the order of the images, the crops, the masks and every other draw."""
 
     def __post_init__(self) -> None:
-        checks = {
+        for name, (ok, expected) in self._checks().items():
+            if not ok:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {expected}")
+
+    def _checks(self) -> dict[str, tuple[bool, str]]:
+        """For each field that can be wrong: whether it is right, and what it must be."""
+        pixels = self.reconstruction in ("l1", "l2")
+        return {
             "mask_ratio": (0 < self.mask_ratio < 1, "between 0 and 1"),
+            "loss_on": (pixels or self.loss_on == "image", f"image for --reconstruction {self.reconstruction}"),
+            "norm_pix_loss": (
+                not self.norm_pix_loss or (pixels and not self.multi_scale),
+                "off (--no-norm-pix-loss) for a loss of whole images",
+            ),
             "epochs": (self.epochs > 0, "above 0"),
             "steps": (self.steps is None or self.steps > 0, "above 0"),
             "batch_size": (self.batch_size > 0, "above 0"),
@@ -63,12 +88,9 @@ class Recipe:
             "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "above 0"),
             "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"),
             "crop_scale": (0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "two ascending numbers in (0, 1]"),
+            "decoder_depth": (self.decoder_depth > 0, "above 0"),
             "decoder_dim": (self.decoder_dim % (4 * self.decoder_heads) == 0, "a multiple of 4 and of --decoder-heads"),
         }
-        for name, (ok, expected) in checks.items():
-            if not ok:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {getattr(self, name)}: it must be {expected}")
 
     @property
     def lr(self) -> float:
@@ -80,19 +102,95 @@ class Recipe:
         return self.steps if self.steps is not None else max(1, round(self.epochs * num_images / self.batch_size))
 
 
-def mae(model: str) -> Recipe:
-    """Masked autoencoder: squared error of the hidden patches.
+@dataclass(frozen=True, kw_only=True)
+class AdversarialRecipe(Recipe):
+    """A run in which a discriminator learns beside the autoencoder and lends it its features (the paper's phi)."""
 
-    MAE's published recipe (appendix A.1) over the 300 epochs of Perceptual MAE; for `vit_pico` a light decoder and
-    small batches, the recipe of the embedded weights, made on two CPU cores without bf16 units.
+    adversarial_loss: Literal["least_squares", "logistic", "hinge", "wgan_gp"] = "least_squares"
+    """The two players' losses on the discriminator's logits."""
+    adversarial_weight: float = 0.7
+    """w_adv: weight of the autoencoder's adversarial loss."""
+    adaptive_weight: bool = False
+    """Multiply w_adv by the ratio of the two losses' gradients at the decoder's last layer (taming-transformers)."""
+    adversarial_start: int = 0
+    """Steps before the discriminator starts; until then only the reconstruction is learned, at every scale."""
+    feature_weight: float = 0.05
+    """d_f: weight of the distance between phi's features of prediction and image."""
+    style_weight: float = 40.0
+    """d_s: weight of the distance between the Gram matrices of those features."""
+    phi: str = "discriminator"
+    """Where features come from. discriminator: the live one; snapshot: a frozen copy of it, renewed every --phi-refresh
+    epochs; timm:NAME: any pretrained timm model, such as timm:vgg16.tv_in1k."""
+    phi_refresh: float = 1.0
+    """Epochs between renewals of the snapshot."""
+    phi_file: str | None = None
+    """Local weights for phi = timm:NAME, instead of the Hub's."""
+
+    d_width: int = 64
+    """Width of the discriminator: channels of the first stage (one scale), or channels times resolution (multi-scale).
+    It decides most of the step's cost: see --dry-run."""
+    d_lr: float = 2e-3
+    """The discriminator's peak learning rate (equalised learning rate: 10 times a plain network's)."""
+    d_betas: tuple[float, float] = (0.0, 0.99)
+    """The discriminator's Adam momenta."""
+    d_clip_grad: float | None = None
+    """Largest gradient norm of the discriminator. None: no limit."""
+
+    r1_gamma: float = 0.0
+    """Strength of the R1 penalty on real images; 0: none."""
+    r1_every: int = 16
+    """Steps between R1 penalties; each counts that many times."""
+    path_weight: float = 0.0
+    """Weight of the path-length penalty on the decoder; 0: none."""
+    path_every: int = 4
+    """Steps between path-length penalties; each counts that many times."""
+    path_decay: float = 0.01
+    """Share of a new mean path length in its running mean."""
+    path_to_encoder: bool = False
+    """Let the path-length penalty reach the encoder too; off: a regulariser of the decoder alone."""
+    ada_target: float | None = None
+    """Adaptive augmentation steers E[sign(D(real))] to this; None: no augmentation."""
+    ada_images: int = 500_000
+    """Images in which the augmentation's probability can rise from 0 to 1."""
+
+    def _checks(self) -> dict[str, tuple[bool, str]]:
+        phi_is_known = self.phi in ("discriminator", "snapshot") or self.phi.startswith("timm:")
+        at_least_zero = ("adversarial_weight", "feature_weight", "style_weight", "r1_gamma", "path_weight")
+        above_zero = ("d_width", "d_lr", "r1_every", "path_every", "phi_refresh", "ada_images")
+        return {
+            **super()._checks(),
+            **{name: (getattr(self, name) >= 0, "at least 0") for name in (*at_least_zero, "adversarial_start")},
+            **{name: (getattr(self, name) > 0, "above 0") for name in above_zero},
+            "phi": (phi_is_known, "discriminator, snapshot or timm:NAME"),
+            "phi_file": (self.phi_file is None or self.phi.startswith("timm:"), "given with --phi timm:NAME only"),
+            "norm_pix_loss": (not self.norm_pix_loss, "off (--no-norm-pix-loss): the discriminator sees whole images"),
+            "d_clip_grad": (self.d_clip_grad is None or self.d_clip_grad > 0, "above 0"),
+            "path_decay": (0 < self.path_decay <= 1, "above 0 and at most 1"),
+            "ada_target": (self.ada_target is None or -1 < self.ada_target < 1, "between -1 and 1"),
+        }
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def recipe_from_json(values: dict[str, Any]) -> Recipe:
+    """The recipe that a run saved; fields that came later keep what they did before they were fields.
+
+    Raises:
+        TypeError: If a field is unknown.
     """
-    imagenet = Recipe(method="mae", model=model)
-    if not model.startswith("vit_pico"):
-        return imagenet
+    adversarial_names = {field.name for field in fields(AdversarialRecipe)} - {field.name for field in fields(Recipe)}
+    kind = AdversarialRecipe if adversarial_names & values.keys() else Recipe
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**arguments)
+
+
+def _fit_pico(recipe: AnyRecipe) -> AnyRecipe:
+    """Scale a recipe to the embedded encoder: a light decoder, small batches, two CPU cores without bf16 units."""
     return replace(
-        imagenet,
+        recipe,
         decoder_dim=128,
-        decoder_depth=2,
+        decoder_depth=4 if recipe.multi_scale else 2,
         decoder_heads=4,
         epochs=100,
         batch_size=128,
@@ -102,4 +200,67 @@ def mae(model: str) -> Recipe:
     )
 
 
-METHODS = {"mae": mae}
+def mae(model: str) -> Recipe:
+    """Masked autoencoder: squared error of the hidden patches.
+
+    MAE's published recipe (appendix A.1) over the 300 epochs of Perceptual MAE.
+    """
+    recipe = Recipe(method="mae", model=model)
+    return _fit_pico(recipe) if model.startswith("vit_pico") else recipe
+
+
+def ms_ssim(model: str) -> Recipe:
+    """Structural similarity and L1 of the whole image over four scales, no discriminator."""
+    return replace(mae(model), method="ms_ssim", reconstruction="ssim_l1", loss_on="image", norm_pix_loss=False)
+
+
+def ls_gan_p(model: str) -> AdversarialRecipe:
+    """L1 of the whole image, features and style of a single-scale discriminator, least-squares adversary."""
+    recipe = AdversarialRecipe(
+        method="ls_gan_p", model=model, reconstruction="l1", loss_on="image", norm_pix_loss=False
+    )
+    return replace(_fit_pico(recipe), d_width=32) if model.startswith("vit_pico") else recipe
+
+
+def msg_gan_p(model: str) -> AdversarialRecipe:
+    """As ls_gan_p, with multi-scale gradients: an image at every scale of the decoder, judged at that scale."""
+    recipe = replace(ls_gan_p(model), method="msg_gan_p", multi_scale=True, d_width=8192)
+    return replace(_fit_pico(recipe), d_width=1024) if model.startswith("vit_pico") else recipe
+
+
+def stylegan2_ada_p(model: str) -> AdversarialRecipe:
+    """As msg_gan_p, with StyleGAN2's adversary: logistic loss, R1, path length, adaptive augmentation."""
+    return replace(
+        msg_gan_p(model),
+        method="stylegan2_ada_p",
+        adversarial_loss="logistic",
+        r1_gamma=10.0,
+        path_weight=2.0,
+        ada_target=0.6,
+    )
+
+
+def debug(model: str) -> AdversarialRecipe:
+    """Every term of every method within seconds: to try an installation or a data set, not to learn anything."""
+    return replace(
+        stylegan2_ada_p("vit_pico_patch8_pmae" if model == Recipe.model else model),
+        method="debug",
+        steps=8,
+        batch_size=8,
+        decoder_dim=32,
+        decoder_heads=2,
+        d_width=256,
+        r1_every=2,
+        path_every=2,
+        precision="fp32",
+    )
+
+
+METHODS = {
+    "mae": mae,
+    "ms_ssim": ms_ssim,
+    "ls_gan_p": ls_gan_p,
+    "msg_gan_p": msg_gan_p,
+    "stylegan2_ada_p": stylegan2_ada_p,
+    "debug": debug,
+}

@@ -1,95 +1,242 @@
-"""The algorithm: what one optimisation step does. It knows nothing of devices, files or logs."""
+"""The algorithm: what one optimisation step does. It knows nothing of devices, files or logs.
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+    L_G = reconstruction + d_f * feature + d_s * style + w_adv * adversarial          (mae, ms_ssim: the first alone)
+    L_D = adversarial + penalties
+
+Source: Tukra, Hoffman, Chatfield, "Improving Visual Representation Learning through Perceptual Understanding", CVPR
+2023.
+
+The order inside a step is what makes it right and cheap:
+
+1. The path-length penalty runs on the bare decoder. It needs a second derivative, which neither fused attention nor
+   compiled code nor a distributed wrapper has; its gradient waits in `.grad` for the main pass's all-reduce.
+2. One pass of the autoencoder.
+3. The discriminator's penalties run on the bare discriminator, for the same reason.
+4. One pass of the discriminator over real and rebuilt images together: its own loss, and phi(I) for nothing.
+5. One pass of the discriminator, its weights frozen, over the rebuilt images: all that the autoencoder learns from it.
+6. Only then both optimisers step, so that phi(I) and phi(G(I_m)) come from the same weights.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from training.losses.pixel import masked_l2, normalise_patches
-from training.networks.autoencoder import MaskedAutoencoder, Reconstruction
+from training.draws import Draws
+from training.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight
+from training.losses.perceptual import feature_matching, style_matching
+from training.losses.pixel import normalise_patches, patch_error
+from training.losses.regularizers import update_mean_length
+from training.losses.structural import ms_ssim_loss, ssim_l1
+from training.networks.autoencoder import MaskedAutoencoder, Reconstruction, image_pyramid
+from training.penalties import Scene, penalise
 from training.recipes import Recipe
+from training.team import Adversary, Player, Team, autocast
+
+Terms = dict[str, Tensor]
+"""Scalars of a loss by name, with their weights; their sum is minimised."""
+
+PIXEL_POWER = {"l1": 1, "l2": 2}
+STRUCTURAL_LOSS = {"ssim_l1": ssim_l1, "ms_ssim": ms_ssim_loss}
 
 
-def autocast(recipe: Recipe, device_type: str) -> AbstractContextManager[None]:
-    """The recipe's mixed precision, for the networks' forward pass only: losses are float32."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
-
-
-def mae_loss(
-    output: Reconstruction, images: Tensor, network: MaskedAutoencoder, *, norm_pix_loss: bool
+def training_step(
+    team: Team,
+    images: Tensor,
+    draws: Draws,
+    step: int,
+    *,
+    micro_batches: int = 1,
+    mark: Callable[[str], None] = lambda part: None,
 ) -> dict[str, Tensor]:
-    """MAE's loss: squared error of the hidden patches.
+    """One step of every player.
 
     Args:
+        team: Who learns.
+        images: (N, 3, H, W) in [0, 1], this process's share.
+        draws: Its random numbers.
+        step: Optimiser steps done before.
+        micro_batches: Cut the share into that many passes, whose gradients add up to the same mean.
+        mark: Called with the name of the part of the step that has just ended, for a clock.
+
+    Returns:
+        Detached float32 scalars of this process: `loss` and `loss/<term>` of the autoencoder, `loss_d` and
+        `loss_d/<term>` of the discriminator, `grad_norm`, `grad_norm_d`, `logits/real`, `logits/fake`, `ada_p`,
+        `path_length`. Penalties appear in the steps they run in.
+    """
+    adversary = team.adversary if team.adversary and step >= team.adversary.recipe.adversarial_start else None
+    players = {"": team.player, **({"_d": adversary.player} if adversary else {})}
+    scalars: dict[str, Tensor] = {}
+    parts = zip(images.chunk(micro_batches), draws.split(micro_batches), strict=True)
+    for index, (part, part_draws) in enumerate(parts):
+        with ExitStack() as local:
+            if index < micro_batches - 1:
+                for player in players.values():
+                    local.enter_context(player.local_gradients())
+            if adversary:
+                measured = adversarial_pass(team, adversary, part, part_draws, step, 1 / micro_batches, mark)
+            else:
+                measured = plain_pass(team, part, part_draws, 1 / micro_batches)
+                mark("autoencoder")
+        for name, value in measured.items():
+            value = value.detach().float() / micro_batches
+            scalars[name] = scalars[name] + value if name in scalars else value
+    if adversary:
+        scalars |= update_state(team, adversary, step)
+    scalars |= update_weights(team, players, scalars)
+    mark("optimisers")
+    return scalars
+
+
+def plain_pass(team: Team, images: Tensor, draws: Draws, scale: float) -> dict[str, Tensor]:
+    """Gradients of the autoencoder without a discriminator; the arguments are those of `training_step`.
+
+    A multi-scale decoder learns every scale here, so that the discriminator will meet images and no dead weights.
+    """
+    recipe, network = team.recipe, team.network
+    with autocast(recipe, images.device.type):
+        output: Reconstruction = team.player.model(images, draws.mask)
+    terms = {"reconstruction": reconstruction_loss(output, images, network, recipe)}
+    if network.num_scales > 1:
+        pairs = zip(network.images(output.preds), image_pyramid(images, network.num_scales), strict=True)
+        terms["coarse"] = torch.stack([(fake - real).abs().mean() for fake, real in pairs][1:]).sum()
+    (total(terms) * scale).backward()
+    return {"loss": total(terms), **{f"loss/{name}": term for name, term in terms.items()}}
+
+
+def adversarial_pass(
+    team: Team,
+    adversary: Adversary,
+    images: Tensor,
+    draws: Draws,
+    step: int,
+    scale: float,
+    mark: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """Gradients of both players; the arguments are those of `training_step`, `scale` the micro-batch's share."""
+    recipe, network, device_type = adversary.recipe, team.network, images.device.type
+    scene = Scene(images, draws, image_pyramid(images, network.num_scales), ())
+    measured = penalise("autoencoder", team.network, adversary, scene, step, scale)
+    mark("penalties")
+
+    with autocast(recipe, device_type):
+        output: Reconstruction = team.player.model(images, draws.mask)
+    fake = network.images(output.preds)
+    mark("autoencoder")
+
+    scene = scene._replace(fake=tuple(image.detach() for image in fake))
+    measured |= penalise("discriminator", team.network, adversary, scene, step, scale)
+    mark("penalties")
+
+    seen_real, seen_fake = (adversary.augment(pyramid, draws) for pyramid in (scene.real, fake))
+    joined = tuple(torch.cat([real, made.detach()]) for real, made in zip(seen_real, seen_fake, strict=True))
+    with autocast(recipe, device_type):
+        judged = adversary.player.model(joined, parts=2)
+    real_logits, fake_logits = judged.logits.float().chunk(2)  # (N,) each
+    d_terms = {"adversarial": ADVERSARIAL_LOSSES[recipe.adversarial_loss].d_loss(real_logits, fake_logits)}
+    (total(d_terms) * scale).backward()
+    if adversary.state.ada:
+        adversary.state.ada.observe(real_logits.detach(), team.reduce_sum)
+    mark("discriminator")
+
+    with frozen(adversary.player.network):
+        with autocast(recipe, device_type):
+            verdict = adversary.player.fast(seen_fake)
+            if adversary.phi:
+                with torch.no_grad():
+                    real_features = adversary.phi(scene.real)
+                fake_features = adversary.phi(fake)
+            else:
+                real_features = tuple(feature.detach().chunk(2)[0] for feature in judged.features)
+                fake_features = verdict.features
+        terms = generator_terms(team, adversary, output, images, verdict.logits, fake_features, real_features)
+        (total(terms) * scale).backward()
+    mark("autoencoder")
+
+    measured |= {f"loss/{name}": term for name, term in terms.items()}
+    measured |= {f"loss_d/{name}": term for name, term in d_terms.items()}
+    logits = {"logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()}
+    return {"loss": total(terms), "loss_d": total(d_terms), **measured, **logits}
+
+
+def reconstruction_loss(output: Reconstruction, images: Tensor, network: MaskedAutoencoder, recipe: Recipe) -> Tensor:
+    """Distance between the prediction at full size and the images (N, 3, H, W): the recipe's, a float32 scalar."""
+    if recipe.reconstruction in STRUCTURAL_LOSS:
+        return STRUCTURAL_LOSS[recipe.reconstruction](network.images(output.preds)[0], images)
+    target = network.target(images)
+    if recipe.norm_pix_loss:
+        target, _, _ = normalise_patches(target)
+    mask = output.mask if recipe.loss_on == "hidden" else None
+    return patch_error(output.pred, target, mask, PIXEL_POWER[recipe.reconstruction])
+
+
+def generator_terms(
+    team: Team,
+    adversary: Adversary,
+    output: Reconstruction,
+    images: Tensor,
+    logits: Tensor,
+    fake_features: Iterable[Tensor],
+    real_features: Iterable[Tensor],
+) -> Terms:
+    """L_G of the adversarial methods.
+
+    Args:
+        team: Whose autoencoder learns.
+        adversary: Its recipe holds the weights.
         output: The autoencoder's output for `images`.
         images: (N, 3, H, W) in [0, 1].
-        network: Defines the space of the target.
-        norm_pix_loss: Normalise every target patch to zero mean and unit variance.
-
-    Returns:
-        The terms of the loss; their sum is minimised.
+        logits: (N,) the discriminator's of the rebuilt images, its weights frozen.
+        fake_features: phi of the rebuilt images, (N, C, h, w) each.
+        real_features: phi of the images.
     """
-    target = network.target(images)
-    if norm_pix_loss:
-        target, _, _ = normalise_patches(target)
-    return {"reconstruction": masked_l2(output.pred, target, output.mask)}
-
-
-@dataclass
-class NonFiniteGuard:
-    """Stops updates, without a device synchronisation, from the first non-finite gradient norm on.
-
-    The fused optimisers skip a step whose `found_inf` is 1: it is set here and never cleared, so the weights stay those
-    of the last good step until the loop, at its next log line, reads `tripped` and stops the run.
-    """
-
-    tripped: Tensor
-
-    def watch(self, grad_norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Note the norm of this step's gradient and tell the optimiser."""
-        self.tripped.copy_(torch.maximum(self.tripped, (~torch.isfinite(grad_norm)).float()))
-        optimizer.found_inf = self.tripped  # type: ignore[attr-defined]
-
-
-def generator_update(
-    model: nn.Module,
-    network: MaskedAutoencoder,
-    optimizer: torch.optim.Optimizer,
-    guard: NonFiniteGuard,
-    images: Tensor,
-    noise: Tensor,
-    recipe: Recipe,
-) -> dict[str, Tensor]:
-    """One step of the autoencoder.
-
-    Args:
-        model: `network`, or its distributed wrapper: what the forward pass goes through.
-        network: The bare autoencoder.
-        optimizer: Over the network's parameters, fused.
-        guard: Withholds the update if the gradient is not finite.
-        images: (N, 3, H, W) in [0, 1].
-        noise: (N, L), decides the masks.
-        recipe: Loss and precision.
-
-    Returns:
-        Detached float32 scalars: `loss`, `loss/<term>` and `grad_norm`.
-    """
-    with autocast(recipe, images.device.type):
-        output: Reconstruction = model(images, noise)
-    terms = mae_loss(output, images, network, norm_pix_loss=recipe.norm_pix_loss)
-    loss = torch.stack(list(terms.values())).sum()
-    loss.backward()
-    grad_norm = clip_gradient(network.parameters(), recipe.clip_grad)
-    guard.watch(grad_norm, optimizer)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    recipe, network = adversary.recipe, team.network
+    fake_features, real_features = tuple(fake_features), tuple(real_features)
+    reconstruction = reconstruction_loss(output, images, network, recipe)
+    adversarial = ADVERSARIAL_LOSSES[recipe.adversarial_loss].g_loss(logits.float())
+    weight: float | Tensor = recipe.adversarial_weight
+    if recipe.adaptive_weight:
+        last_layer = network.decoder.last_layer
+        weight = weight * adaptive_weight(reconstruction, adversarial, last_layer, team.reduce_mean)
     return {
-        "loss": loss.detach(),
-        **{f"loss/{name}": term.detach() for name, term in terms.items()},
-        "grad_norm": grad_norm,
+        "reconstruction": reconstruction,
+        "feature": recipe.feature_weight * feature_matching(fake_features, real_features),
+        "style": recipe.style_weight * style_matching(fake_features, real_features),
+        "adversarial": weight * adversarial,
     }
+
+
+def update_state(team: Team, adversary: Adversary, step: int) -> dict[str, Tensor]:
+    """Move the running mean of path lengths and, every few steps, the augmentation's probability."""
+    recipe, state = adversary.recipe, adversary.state
+    measured = {}
+    if state.new_lengths:
+        lengths = torch.stack(state.new_lengths)
+        state.path_mean.copy_(update_mean_length(state.path_mean, lengths, team.reduce_mean, recipe.path_decay))
+        state.new_lengths.clear()
+        measured["path_length"] = state.path_mean.clone()
+    if state.ada:
+        if (step + 1) % state.ada.interval == 0:
+            measured["ada_sign"] = state.ada.update(recipe.batch_size * state.ada.interval)
+        measured["ada_p"] = state.ada.p.clone()
+    return measured
+
+
+def update_weights(team: Team, players: dict[str, Player], scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Clip, guard and step every player, from gradients of the same weights; returns the gradient norms."""
+    clips = {"": team.recipe.clip_grad, "_d": getattr(team.recipe, "d_clip_grad", None)}
+    norms = {
+        f"grad_norm{suffix}": clip_gradient(player.network.parameters(), clips[suffix])
+        for suffix, player in players.items()
+    }
+    losses = [value for name, value in scalars.items() if name.startswith("loss")]
+    team.guard.watch([*losses, *norms.values()], team.reduce_sum)
+    for player in players.values():
+        team.guard.withhold(player.optimizer)
+        player.optimizer.step()
+        player.optimizer.zero_grad(set_to_none=True)
+    return norms
 
 
 def clip_gradient(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
@@ -97,33 +244,19 @@ def clip_gradient(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
 
 
-@torch.no_grad()
-def reconstruct(network: MaskedAutoencoder, images: Tensor, noise: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Pictures of what the network does.
+def total(terms: Terms) -> Tensor:
+    """Sum of a loss's terms."""
+    return torch.stack(list(terms.values())).sum()
 
-    With `norm_pix_loss` the prediction has no brightness or contrast of its own: each patch takes those of the
-    original, as in MAE's figures.
 
-    Args:
-        network: The autoencoder.
-        images: (N, 3, H, W) in [0, 1].
-        noise: (N, L), decides the masks.
-        recipe: Tells the space of the prediction.
-
-    Returns:
-        (N, 3, H, W) images in [0, 1]: `original`, `masked` (hidden patches grey), `rebuilt` (every patch predicted) and
-        `pasted` (visible patches as they are, hidden ones predicted).
-    """
-    output: Reconstruction = network(images, noise)
-    target, pred = network.target(images), output.pred.float()
-    if recipe.norm_pix_loss:
-        _, mean, std = normalise_patches(target)
-        pred = pred * std + mean
-    hidden = output.mask.unsqueeze(-1)  # (N, L, 1)
-    masked = network.to_images(target * (1 - hidden))  # 0 in the standardised space is ImageNet's mean colour
-    return {
-        "original": images,
-        "masked": masked,
-        "rebuilt": network.to_images(pred),
-        "pasted": network.to_images(target * (1 - hidden) + pred * hidden),
-    }
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within it, gradients pass through the network and none stays at its parameters."""
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder
-from training.recipes import Recipe
+from training.recipes import Recipe, recipe_from_json
 from training.run.checkpoint import write_atomically
 
 
@@ -39,13 +39,14 @@ def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAuto
         ValueError: If the encoder is no ViT that can be masked.
     """
     with safe_open(decoder_file, framework="pt") as file:
-        recipe = Recipe(**json.loads(file.metadata()["recipe"]))
+        recipe = recipe_from_json(json.loads(file.metadata()["recipe"]))
     network = build_autoencoder(
         encoder,
         decoder_dim=recipe.decoder_dim,
         decoder_depth=recipe.decoder_depth,
         decoder_heads=recipe.decoder_heads,
         mask_ratio=recipe.mask_ratio,
+        multi_scale=recipe.multi_scale,
     )
     network.decoder.load_state_dict(load_file(decoder_file))
     return network, recipe

@@ -4,20 +4,21 @@ Conventions, defined here and nowhere else:
 
 - images enter and leave as float in [0, 1], (N, 3, H, W); the network standardises them inside;
 - patches are row-major over the grid, channels last within a patch: (N, L, p*p*3);
-- in a mask, 1 means hidden and 0 means visible.
+- in a mask, 1 means hidden and 0 means visible;
+- a pyramid is a tuple of the same images at scales that halve, fine to coarse.
 
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022), section 3 and appendix A.1.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
-from perceptual_mae_models.pos_embed import build_2d_sincos_pos_embed
+from training.networks.decoder import Decoder, MultiScaleDecoder, run_block
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -54,6 +55,14 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> 
     return x.reshape(n, -1, h * p, w * p)
 
 
+def image_pyramid(images: Tensor, num_scales: int) -> tuple[Tensor, ...]:
+    """Images (N, C, H, W) at scales that halve, by average pooling: fine to coarse, the images themselves first."""
+    pyramid = [images]
+    for _ in range(num_scales - 1):
+        pyramid.append(avg_pool2d(pyramid[-1], 2))
+    return tuple(pyramid)
+
+
 class Masking(NamedTuple):
     """Which patches are hidden, in the three forms that the networks and losses need."""
 
@@ -82,65 +91,20 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     return Masking(ids_shuffle[:, :num_keep], ids_restore, (ids_restore >= num_keep).to(torch.float32))
 
 
-class Decoder(nn.Module):
-    """A narrow ViT that predicts the pixels of every patch from the visible patches' latents.
-
-    Args:
-        encoder_dim: Width of the latents.
-        grid_size: Patches per column and per row.
-        patch_size: Side of a patch in pixels.
-        dim: Width of the decoder, a multiple of 4 and of `num_heads`.
-        depth: Number of transformer blocks.
-        num_heads: Attention heads.
-    """
-
-    pos_embed: Tensor
-
-    def __init__(
-        self, encoder_dim: int, grid_size: tuple[int, int], patch_size: int, *, dim: int, depth: int, num_heads: int
-    ) -> None:
-        super().__init__()
-        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
-        self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        pos_embed = build_2d_sincos_pos_embed(dim, grid_size)  # (1, L, dim)
-        pos_embed = torch.cat([torch.zeros(1, 1, dim), pos_embed], dim=1)  # the class token has no place
-        self.register_buffer("pos_embed", pos_embed, persistent=False)
-        self.blocks = nn.Sequential(
-            *(Block(dim, num_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth))
-        )
-        self.norm = norm_layer(dim)
-        self.pred = nn.Linear(dim, patch_size**2 * 3)
-
-    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict all patches.
-
-        Args:
-            latent: (N, 1 + K, encoder_dim): class token, then the visible patches.
-            ids_restore: (N, L), see `Masking`.
-
-        Returns:
-            (N, L, p*p*3), in the space that the loss defines.
-        """
-        x = self.embed(latent)
-        n, length = ids_restore.shape
-        hidden = self.mask_token.to(x.dtype).expand(n, length + 1 - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], hidden], dim=1)  # (N, L, dim), [visible, hidden]
-        patches = patches.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2]))  # (N, L, dim), row-major
-        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
-        x = self.norm(self.blocks(x))
-        return self.pred(x[:, 1:])
-
-
 class Reconstruction(NamedTuple):
     """What one pass of the autoencoder gives."""
 
-    pred: Tensor
-    """(N, L, p*p*3): the prediction for every patch."""
+    preds: tuple[Tensor, ...]
+    """(N, L, k*k*3) for every scale, fine to coarse; k = p at the finest."""
     mask: Tensor
     """(N, L): 1 hidden, 0 visible."""
     latent: Tensor
     """(N, 1 + K, D): the encoder's output after its final norm, class token first."""
+
+    @property
+    def pred(self) -> Tensor:
+        """(N, L, p*p*3): the prediction for every patch at full size."""
+        return self.preds[0]
 
 
 class MaskedAutoencoder(nn.Module):
@@ -155,8 +119,9 @@ class MaskedAutoencoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: VisionTransformer, decoder: Decoder, *, mask_ratio: float) -> None:
+    def __init__(self, encoder: VisionTransformer, decoder: Decoder | MultiScaleDecoder, *, mask_ratio: float) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         self.encoder = encoder
         self.decoder = decoder
         self.mask_ratio = mask_ratio
@@ -176,7 +141,7 @@ class MaskedAutoencoder(nn.Module):
         """Undo `standardise`."""
         return images * self.std + self.mean
 
-    def encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+    def encode(self, images: Tensor, ids_keep: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Encode the visible patches only.
 
         Args:
@@ -184,7 +149,8 @@ class MaskedAutoencoder(nn.Module):
             ids_keep: (N, K) places of the visible patches.
 
         Returns:
-            (N, 1 + K, D), class token first.
+            The latent (N, 1 + K, D), class token first, and the outputs of the blocks that the decoder asks for, each
+            of the same shape, in the decoder's order.
         """
         encoder, cls_token, pos_embed = self.encoder, self.encoder.cls_token, self.encoder.pos_embed
         assert cls_token is not None
@@ -194,7 +160,15 @@ class MaskedAutoencoder(nn.Module):
         x = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[2]))  # (N, K, D)
         first = cls_token + pos_embed[:, :1]
         x = torch.cat([first.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + K, D)
-        return encoder.norm(encoder.blocks(x))
+        outputs = []
+        for block in encoder.blocks:
+            x = run_block(block, x, again=self.grad_checkpointing)
+            outputs.append(x)
+        return encoder.norm(x), tuple(outputs[index] for index in self.decoder.skip_indices)
+
+    def decode(self, latent: Tensor, skips: tuple[Tensor, ...], ids_restore: Tensor) -> tuple[Tensor, ...]:
+        """Predict all patches at every scale, see `Reconstruction.preds`, from what `encode` gives."""
+        return self.decoder(latent, skips, ids_restore, self.grad_checkpointing)
 
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Mask, encode, decode.
@@ -207,8 +181,20 @@ class MaskedAutoencoder(nn.Module):
             The prediction with its mask and latent.
         """
         ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
-        latent = self.encode(images, ids_keep)
-        return Reconstruction(self.decoder(latent, ids_restore), mask, latent)
+        latent, skips = self.encode(images, ids_keep)
+        return Reconstruction(self.decode(latent, skips, ids_restore), mask, latent)
+
+    @property
+    def num_scales(self) -> int:
+        """How many scales the decoder emits."""
+        return len(self.decoder.factors)
+
+    def images(self, preds: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Predictions as images (N, 3, h, w), float32 and not clipped to [0, 1], fine to coarse."""
+        return tuple(
+            self.unstandardise(unpatchify(pred.float(), factor, self.grid_size))
+            for pred, factor in zip(preds, self.decoder.factors, strict=True)
+        )
 
     def target(self, images: Tensor) -> Tensor:
         """The patches that `pred` is compared with: standardised pixels, (N, L, p*p*3)."""
@@ -228,7 +214,7 @@ def init_mae_weights(autoencoder: MaskedAutoencoder) -> None:
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-    projection = autoencoder.encoder.patch_embed.proj
+    projection: Any = autoencoder.encoder.patch_embed.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))  # the convolution is a linear map
     nn.init.zeros_(projection.bias)
     for token in (autoencoder.encoder.cls_token, autoencoder.decoder.mask_token):
@@ -237,7 +223,13 @@ def init_mae_weights(autoencoder: MaskedAutoencoder) -> None:
 
 
 def build_autoencoder(
-    encoder: nn.Module, *, decoder_dim: int, decoder_depth: int, decoder_heads: int, mask_ratio: float
+    encoder: nn.Module,
+    *,
+    decoder_dim: int,
+    decoder_depth: int,
+    decoder_heads: int,
+    mask_ratio: float,
+    multi_scale: bool = False,
 ) -> MaskedAutoencoder:
     """Put a fresh decoder behind an encoder.
 
@@ -247,6 +239,7 @@ def build_autoencoder(
         decoder_depth: Blocks of the decoder.
         decoder_heads: Attention heads of the decoder.
         mask_ratio: Share of patches hidden from the encoder.
+        multi_scale: Decoder with skips from the encoder and an image at every scale.
 
     Raises:
         ValueError: If the encoder is not a plain ViT with one class token.
@@ -254,12 +247,20 @@ def build_autoencoder(
     if not isinstance(encoder, VisionTransformer) or encoder.num_prefix_tokens != 1 or encoder.pos_embed is None:
         raise ValueError("the encoder is not a plain ViT with one class token: choose a vit_*_pmae model (`pmae list`)")
     encoder.pos_embed.requires_grad_(False)
-    decoder = Decoder(
-        encoder.embed_dim,
-        encoder.patch_embed.grid_size,
-        encoder.patch_embed.patch_size[0],
-        dim=decoder_dim,
-        depth=decoder_depth,
-        num_heads=decoder_heads,
-    )
+    grid_size, patch_size = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
+    decoder: Decoder | MultiScaleDecoder
+    if multi_scale:
+        decoder = MultiScaleDecoder(
+            encoder.embed_dim,
+            len(encoder.blocks),
+            grid_size,
+            patch_size,
+            dim=decoder_dim,
+            depth=decoder_depth,
+            num_heads=decoder_heads,
+        )
+    else:
+        decoder = Decoder(
+            encoder.embed_dim, grid_size, patch_size, dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads
+        )
     return MaskedAutoencoder(encoder, decoder, mask_ratio=mask_ratio)

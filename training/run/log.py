@@ -61,20 +61,24 @@ def _complete_lines(path: Path) -> list[str]:
 
 
 class RunningMeans:
-    """Means of the steps' scalars since the last log line, summed on the device so that no step waits for it."""
+    """Means of the steps' scalars since the last log line, summed on the device so that no step waits for it.
+
+    A scalar that only some steps have is averaged over those.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Add one step's scalars."""
         for name, value in scalars.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def pop(self) -> tuple[list[str], Tensor]:
         """Names and means (one vector, on the device), starting afresh."""
-        names, means = list(self.sums), torch.stack(list(self.sums.values())) / self.count
-        self.__init__()  # type: ignore[misc]
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        self.sums, self.counts = {}, {}
         return names, means

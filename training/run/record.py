@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training.run.checkpoint import save_checkpoint
+from training.run.clock import StepClock
 from training.run.folder import RunError
 from training.run.log import MetricsLog, RunningMeans
 
@@ -40,6 +41,8 @@ class RunRecord:
         keep: Checkpoints to keep.
         max_broken: Stop when a larger share of the images did not decode.
         draw: Writes a picture to the given path.
+        clock: Marked by the loop; its shares go into the metrics.
+        utilisation: Share of the processors' matrix-product peak that one image a second uses.
     """
 
     def __init__(
@@ -56,16 +59,21 @@ class RunRecord:
         keep: int,
         max_broken: float,
         draw: Callable[[Path], None],
+        clock: StepClock,
+        utilisation: float,
     ) -> None:
         self.out, self.accelerator = out, accelerator
         self.modules, self.optimizers = modules, optimizers
         self.total_steps, self.batch_size = total_steps, batch_size
         self.intervals, self.keep, self.max_broken, self.draw = intervals, keep, max_broken, draw
+        self.clock, self.utilisation = clock, utilisation
         self.step: int = progress["step"]
         self.broken: float = progress["broken"]
         self.started = time.monotonic() - progress["seconds"]
         self.last_log = (time.monotonic(), self.step)
         self.newly_broken = 0
+        self.lr = 0.0
+        self.saved = self.step
         self.metrics: dict[str, float] = progress.get("metrics", {})
         self.means = RunningMeans()
         self.log = MetricsLog(
@@ -100,19 +108,27 @@ class RunRecord:
         last = self.step == self.total_steps
         checkpoint = last or _due(self.step, self.intervals.checkpoint)
         # what a checkpoint holds was looked at first: a line of metrics comes with each
+        self.lr = lr
         if checkpoint or _due(self.step, self.intervals.log):
-            self._report(lr)
+            self._report()
         if last or _due(self.step, self.intervals.grid):
             self._draw()
         if checkpoint:
-            self._checkpoint()
+            self._save()
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint now, unless the last step already did."""
+        if self.saved != self.step:
+            if self.means.counts:
+                self._report()
+            self._save()
 
     def close(self) -> dict[str, Any]:
         """Finish the log; returns the progress."""
         self.log.close()
         return self.progress
 
-    def _report(self, lr: float) -> None:
+    def _report(self) -> None:
         names, means = self.means.pop()
         means = self.accelerator.reduce(means, reduction="mean")
         broken = torch.tensor(float(self.newly_broken), device=self.accelerator.device)
@@ -120,20 +136,24 @@ class RunRecord:
         self.newly_broken = 0
         (then, step_then), now = self.last_log, time.monotonic()
         self.last_log = (now, self.step)
+        speed = (self.step - step_then) * self.batch_size / (now - then)
         self.metrics = {
             "step": self.step,
             **dict(zip(names, means.tolist(), strict=True)),
-            "lr": lr,
-            "images_per_second": (self.step - step_then) * self.batch_size / (now - then),
+            "lr": self.lr,
+            "images_per_second": speed,
+            "utilisation": speed * self.utilisation,
+            **{f"share/{part}": share for part, share in self.clock.pop_shares().items()},
             "seconds": now - self.started,
             "broken": self.broken,
         }
         self.log.write(self.metrics)
+        self.accelerator.log(self.metrics, step=self.step)
         bad = [name for name in names if not math.isfinite(self.metrics[name])]
         if bad:
             raise RunError(
                 f"{', '.join(bad)} became non-finite between steps {step_then} and {self.step}; the last checkpoint is "
-                f"from before. Lower --blr, set --clip-grad, or use --precision fp32."
+                f"from before. Lower --blr (or --d-lr), set --clip-grad, or use --precision fp32."
             )
         if self.broken > self.max_broken * self.step * self.batch_size:
             raise RunError(
@@ -145,7 +165,8 @@ class RunRecord:
         if self.accelerator.is_main_process and self.intervals.grid:
             self.draw(self.out / "grids" / f"step_{self.step:08d}.png")
 
-    def _checkpoint(self) -> None:
+    def _save(self) -> None:
+        self.saved = self.step
         if self.accelerator.is_main_process:
             save_checkpoint(self.out / "checkpoints", self.modules, self.optimizers, self.progress, keep=self.keep)
 

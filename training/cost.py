@@ -1,0 +1,166 @@
+"""What a recipe costs: arithmetic counted on the real step, parameters, memory, hours. Nothing here is typed in.
+
+The step runs on fake tensors, which have shapes and no content, under torch's counters; so an encoder of any size is
+counted within seconds and without its memory.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.draws import draw
+from training.recipes import AdversarialRecipe, Recipe
+from training.step import adversarial_pass, plain_pass
+from training.team import create_team
+
+_SAMPLES = 4  # a whole group of the minibatch statistic
+IMAGENET_IMAGES = 1_281_167
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one image in one step, forward and backward, lazy penalties spread over their interval."""
+
+    gflop: dict[str, float]
+    """10^9 floating point operations (a multiply-add is two) by part of the step."""
+    activation_bytes: int
+    """Kept between forward and backward pass."""
+    parameters: dict[str, int]
+    """Numbers by network."""
+    state_bytes: int
+    """Weights, gradients, optimiser state and average, whatever the batch."""
+
+    @property
+    def gflop_per_image(self) -> float:
+        """All parts together."""
+        return sum(self.gflop.values())
+
+
+def measure_cost(recipe: Recipe) -> Cost:
+    """Count a recipe's cost.
+
+    Raises:
+        ValueError: If the recipe's model is unknown or cannot be pretrained.
+    """
+    gflop, activation_bytes = _count_pass(_without_lazy_terms(recipe))
+    for name, alone, every in _lazy_terms(recipe):
+        gflop[name] = (sum(_count_pass(alone)[0].values()) - sum(gflop.values())) / every
+    with FakeTensorMode():
+        team = create_team(recipe, torch.device("cpu"))
+        networks: dict[str, nn.Module] = {
+            "encoder": team.network.encoder,
+            "decoder": team.network.decoder,
+            **({"discriminator": team.adversary.player.network} if team.adversary else {}),
+        }
+    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    learned = sum(parameters.values())
+    averaged = parameters["encoder"] + parameters["decoder"] if recipe.ema_decay else 0
+    return Cost(gflop, activation_bytes, parameters, 4 * (4 * learned + averaged))
+
+
+def gflop_per_image(recipe: Recipe) -> float:
+    """10^9 floating point operations an image and step."""
+    return measure_cost(recipe).gflop_per_image
+
+
+def matmul_peak(device: torch.device, precision: str, *, seconds: float = 0.3) -> float:
+    """Measure the fastest matrix product of this machine, in GFLOP/s, with the threads torch uses now.
+
+    Args:
+        device: Where.
+        precision: "bf16" or "fp32", in torch's present settings (TF32 where it is switched on).
+        seconds: How long to try.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, spent = float("inf"), 0.0
+    while spent < seconds:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        best, spent = min(best, elapsed), spent + elapsed
+    return 2 * size**3 / best / 1e9
+
+
+def describe(recipe: Recipe, *, num_images: int, per_device: int, peak_tflops: float, utilisation: float) -> str:
+    """Say what a run would do and cost.
+
+    Args:
+        recipe: The run.
+        num_images: Size of the data set.
+        per_device: Images of one pass on one device.
+        peak_tflops: The device's matrix-product peak, 10^12 operations a second.
+        utilisation: Share of the peak that the run reaches.
+    """
+    cost, steps = measure_cost(recipe), recipe.num_steps(num_images)
+    hours = cost.gflop_per_image * 1e9 * steps * recipe.batch_size / (peak_tflops * 1e12 * utilisation) / 3600
+    lines = [f"{name:<20} {value}" for name, value in dataclasses.asdict(recipe).items()]
+    lines += ["", "parameters (10^6)"]
+    lines += [f"  {name:<18} {number / 1e6:.1f}" for name, number in cost.parameters.items()]
+    lines += ["", "GFLOP per image and step, forward and backward"]
+    lines += [f"  {name:<18} {value:.2f}" for name, value in cost.gflop.items()]
+    lines += [
+        f"  {'all':<18} {cost.gflop_per_image:.2f}",
+        "",
+        f"memory per device    {cost.state_bytes / 2**30:.2f} GiB of weights, gradients and optimiser state"
+        f" + {per_device} images of {cost.activation_bytes / 2**20:.1f} MiB"
+        f" = {(cost.state_bytes + per_device * cost.activation_bytes) / 2**30:.2f} GiB, before torch's own overhead",
+        f"steps                {steps} of {recipe.batch_size} images; {num_images} images an epoch",
+        f"device hours         {hours:.1f} at {utilisation:.0%} of {peak_tflops:g} TFLOP/s",
+    ]
+    return "\n".join(lines)
+
+
+def _count_pass(recipe: Recipe) -> tuple[dict[str, float], int]:
+    """GFLOP by part and bytes kept for the backward pass, for one image of a step in which every penalty is due."""
+    recipe = replace(recipe, batch_size=_SAMPLES)
+    gflop: dict[str, float] = {}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        team = create_team(recipe, torch.device("cpu"))
+        images = torch.zeros(_SAMPLES, 3, *team.network.image_size)
+        draws = draw(recipe, 0, team.network, slice(0, _SAMPLES))
+
+        def mark(part: str) -> None:
+            so_far = sum(gflop.values())
+            gflop[part] = gflop.get(part, 0.0) + counter.get_total_flops() / 1e9 / _SAMPLES - so_far
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            if team.adversary:
+                adversarial_pass(team, team.adversary, images, draws, 0, 1.0, mark)
+            else:
+                plain_pass(team, images, draws, 1.0)
+                mark("autoencoder")
+        weights = {p.untyped_storage()._cdata for module in team.modules().values() for p in module.parameters()}
+    kept_bytes = sum(size for storage, size in kept.items() if storage not in weights)
+    return {part: value for part, value in gflop.items() if value}, kept_bytes // _SAMPLES
+
+
+def _without_lazy_terms(recipe: Recipe) -> Recipe:
+    return replace(recipe, r1_gamma=0.0, path_weight=0.0) if isinstance(recipe, AdversarialRecipe) else recipe
+
+
+def _lazy_terms(recipe: Recipe) -> list[tuple[str, Recipe, int]]:
+    """For each lazy penalty: its name, the recipe with it alone, and its interval."""
+    if not isinstance(recipe, AdversarialRecipe):
+        return []
+    alone = [
+        ("path length", replace(recipe, r1_gamma=0.0), recipe.path_every if recipe.path_weight else 0),
+        ("R1", replace(recipe, path_weight=0.0), recipe.r1_every if recipe.r1_gamma else 0),
+    ]
+    return [term for term in alone if term[2]]

@@ -1,0 +1,113 @@
+"""The lazy regularisers of the adversarial methods, as a table.
+
+All of them need a second derivative. They run eagerly on the bare networks, before the pass whose distributed wrapper
+averages the gradients: what they leave in `.grad` is averaged with it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from training.draws import Draws
+from training.losses.regularizers import gradient_penalty, path_length_penalty, path_lengths, r1_penalty
+from training.networks.autoencoder import MaskedAutoencoder, random_masking
+from training.recipes import AdversarialRecipe
+from training.team import Adversary, Pyramid, autocast
+
+
+class Scene(NamedTuple):
+    """What a penalty may look at."""
+
+    images: Tensor
+    """(N, 3, H, W) in [0, 1]."""
+    draws: Draws
+    real: Pyramid
+    fake: Pyramid
+    """The rebuilt images, detached; empty before the autoencoder's pass."""
+
+
+class Penalty(NamedTuple):
+    """A regulariser of one player."""
+
+    name: str
+    of: str
+    every: int
+    """Steps between two uses, each of which counts that many times; 0: never."""
+    loss: Callable[[MaskedAutoencoder, Adversary, Scene], Tensor]
+
+
+def penalties(recipe: AdversarialRecipe) -> tuple[Penalty, ...]:
+    """The recipe's regularisers."""
+    wgan = recipe.adversarial_loss == "wgan_gp"
+    return (
+        Penalty("path_length", "autoencoder", recipe.path_every if recipe.path_weight else 0, path_length),
+        Penalty("r1", "discriminator", recipe.r1_every if recipe.r1_gamma else 0, r1),
+        Penalty("gradient_penalty", "discriminator", 1 if wgan else 0, wasserstein_gradient),
+    )
+
+
+def penalise(
+    of: str, network: MaskedAutoencoder, adversary: Adversary, scene: Scene, step: int, scale: float
+) -> dict[str, Tensor]:
+    """Add the gradients of one player's penalties that are due.
+
+    Args:
+        of: "autoencoder" or "discriminator".
+        network: The bare autoencoder.
+        adversary: The discriminator's side.
+        scene: What there is to look at.
+        step: Optimiser steps done before.
+        scale: Share of the micro-batch in the step.
+
+    Returns:
+        The penalties, not yet multiplied by their interval: `loss/<name>` or `loss_d/<name>`.
+    """
+    key = {"autoencoder": "loss", "discriminator": "loss_d"}[of]
+    measured = {}
+    for penalty in penalties(adversary.recipe):
+        if penalty.of == of and penalty.every and step % penalty.every == 0:
+            with sdpa_kernel(SDPBackend.MATH):  # in the backward pass too, where checkpointed blocks run again
+                value = penalty.loss(network, adversary, scene)
+                (value * (penalty.every * scale)).backward()
+            measured[f"{key}/{penalty.name}"] = value
+    return measured
+
+
+def r1(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> Tensor:
+    """R1 at the real images, through the augmentation."""
+    return r1_penalty(_judge(adversary, scene.draws), scene.real, adversary.recipe.r1_gamma)
+
+
+def wasserstein_gradient(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> Tensor:
+    """WGAN-GP's penalty between real and rebuilt images."""
+    assert scene.draws.epsilon is not None
+    return gradient_penalty(_judge(adversary, scene.draws), scene.real, scene.fake, scene.draws.epsilon)
+
+
+def path_length(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> Tensor:
+    """Path-length penalty of the decoder on every second sample.
+
+    It compares with the running mean of the steps before; StyleGAN2 first moves the mean, by a hundredth, which could
+    not be done exactly for a batch that comes in parts. The new lengths are left for the end of the step.
+    """
+    recipe = adversary.recipe
+    images, noise = scene.images[::2], scene.draws.mask[::2]
+    assert scene.draws.path is not None
+    ids_keep, ids_restore, _ = random_masking(noise, network.mask_ratio)
+    with torch.set_grad_enabled(recipe.path_to_encoder), autocast(recipe, images.device.type):
+        latent, skips = network.encode(images, ids_keep)
+    latent, skips = latent.float(), tuple(skip.float() for skip in skips)
+    if not recipe.path_to_encoder:
+        latent.requires_grad_()
+    lengths = path_lengths(
+        lambda latent: network.images(network.decode(latent, skips, ids_restore))[0], latent, scene.draws.path
+    )
+    adversary.state.new_lengths.append(lengths.detach().mean())
+    return recipe.path_weight * path_length_penalty(lengths, adversary.state.path_mean)
+
+
+def _judge(adversary: Adversary, draws: Draws) -> Callable[[Pyramid], Tensor]:
+    return lambda pyramid: adversary.player.network(adversary.augment(pyramid, draws)).logits

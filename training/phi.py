@@ -1,0 +1,82 @@
+"""phi: the network whose features the perceptual terms compare, where it is not the live discriminator."""
+
+import copy
+from collections.abc import Sequence
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from training.recipes import AdversarialRecipe
+
+
+class SnapshotPhi(nn.Module):
+    """A frozen copy of the discriminator, renewed from time to time.
+
+    Args:
+        discriminator: What to copy.
+    """
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(discriminator).requires_grad_(False)
+
+    def refresh(self, discriminator: nn.Module) -> None:
+        """Take over the discriminator's present weights."""
+        self.copy.load_state_dict(discriminator.state_dict())
+
+    def forward(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Feature maps of images (N, 3, h, w) in [0, 1], fine to coarse; gradients pass, weights do not learn."""
+        return tuple(self.copy(pyramid).features)
+
+
+class TimmPhi(nn.Module):
+    """Feature maps of a pretrained timm model.
+
+    Args:
+        name: A timm model with `features_only`.
+        file: Local weights instead of the Hub's.
+
+    Raises:
+        ValueError: If timm does not know the model, or cannot give its feature maps.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, file: str | None) -> None:
+        super().__init__()
+        overlay = {"file": file} if file else None
+        try:
+            self.model = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
+        except (RuntimeError, OSError, AttributeError) as error:
+            raise ValueError(
+                f"--phi timm:{name}: {error}. Give a name of timm.list_models(), and --phi-file FILE for local weights"
+            ) from error
+        self.model.requires_grad_(False).eval()
+        cfg = timm.data.resolve_model_data_config(self.model)
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1))
+
+    def train(self, mode: bool = True) -> "TimmPhi":
+        """Stay in evaluation mode: the batch statistics of a pretrained network are part of it."""
+        return super().train(False)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Feature maps of the finest images, (N, 3, H, W) in [0, 1]; gradients pass, weights do not learn."""
+        return tuple(self.model((pyramid[0] - self.mean) / self.std))
+
+
+def create_phi(
+    recipe: AdversarialRecipe, discriminator: nn.Module, device: torch.device
+) -> SnapshotPhi | TimmPhi | None:
+    """The recipe's phi, or None for the live discriminator.
+
+    Raises:
+        ValueError: If a timm model cannot be had.
+    """
+    if recipe.phi == "discriminator":
+        return None
+    if recipe.phi == "snapshot":
+        return SnapshotPhi(discriminator)
+    return TimmPhi(recipe.phi.removeprefix("timm:"), recipe.phi_file).to(device)

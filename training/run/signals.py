@@ -1,0 +1,58 @@
+"""SIGTERM and SIGINT ask a run to stop after the step it is in; a Ctrl-C after that ends it at once."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+EXIT_INTERRUPTED = 75
+"""Exit code of a run that was asked to stop and wrote a checkpoint (EX_TEMPFAIL of sysexits.h: try again later)."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and can go on with `--resume auto`."""
+
+
+class StopRequest:
+    """Within it, signals are kept until the loop asks for them.
+
+    Processes are signalled at different times, or only one of them is: they agree on the step through a group of their
+    own on the CPU, so that no GPU waits.
+
+    Args:
+        accelerator: The engine.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signal = 0
+        several = accelerator.num_processes > 1
+        self.group: Any = torch.distributed.new_group(backend="gloo") if several else None
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+
+    def agreed(self) -> str | None:
+        """Name of the signal if any process received one before now; every process gets the same answer."""
+        number = torch.tensor(self.signal)
+        if self.group is not None:
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return signal.Signals(int(number)).name if number else None
+
+
+def ignore_in_workers(worker: int) -> None:
+    """Leave a signal that reaches a whole process group, such as Ctrl-C, to the training process."""
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,225 @@
+"""The players of a run: networks, optimisers and the state between steps, as the recipe asks for them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from perceptual_mae_models.features import check_model_name
+from training.ada import AdaController, augment
+from training.draws import Draws
+from training.losses.adversarial import ADVERSARIAL_LOSSES
+from training.losses.regularizers import lazy_optimizer_settings
+from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder, init_mae_weights
+from training.networks.discriminator import MultiScaleDiscriminator, SingleScaleDiscriminator
+from training.phi import SnapshotPhi, TimmPhi, create_phi
+from training.recipes import AdversarialRecipe, Recipe
+from training.run.seeding import derive_seed
+
+Pyramid = tuple[Tensor, ...]
+"""The same images at every scale, fine to coarse: (N, 3, h, w) float32, [0, 1] where they are real."""
+
+
+def autocast(recipe: Recipe, device_type: str) -> AbstractContextManager[None]:
+    """The recipe's mixed precision, for the networks' forward pass only: losses are float32."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
+
+
+@dataclass
+class Player:
+    """A network that learns."""
+
+    network: nn.Module
+    """The bare network: checkpoints, penalties and pictures use it."""
+    optimizer: torch.optim.Optimizer
+    """Over its parameters, fused."""
+    fast: nn.Module
+    """`network`, or its compiled form."""
+    model: nn.Module
+    """`fast`, or its distributed wrapper: what the passes that learn go through."""
+
+    def prepare(self, distribute: Callable[[nn.Module], nn.Module], *, compiled: bool) -> None:
+        """Compile, on request, and distribute what the passes go through."""
+        fast: Any = torch.compile(self.network) if compiled else self.network
+        self.fast, self.model = fast, distribute(fast)
+
+    def local_gradients(self) -> AbstractContextManager[None]:
+        """Within it, gradients add up in this process only: all micro-batches but the last."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+
+class AdversaryState(nn.Module):
+    """What the adversarial game remembers between steps; part of every checkpoint.
+
+    Args:
+        recipe: Tells what is remembered.
+        neutral: The logit at which the discriminator is undecided.
+    """
+
+    path_mean: Tensor
+
+    def __init__(self, recipe: AdversarialRecipe, neutral: float) -> None:
+        super().__init__()
+        self.register_buffer("path_mean", torch.zeros(()))
+        self.new_lengths: list[Tensor] = []  # of this step's micro-batches; empty between steps
+        self.ada = (
+            AdaController(target=recipe.ada_target, ramp_images=recipe.ada_images, neutral=neutral)
+            if recipe.ada_target is not None
+            else None
+        )
+
+
+@dataclass
+class Adversary:
+    """The discriminator's side."""
+
+    recipe: AdversarialRecipe
+    player: Player
+    state: AdversaryState
+    phi: SnapshotPhi | TimmPhi | None
+    """Where features come from; None: the live discriminator."""
+
+    def augment(self, pyramid: Pyramid, draws: Draws) -> Pyramid:
+        """What the discriminator sees of images: the same draw gives the same change, at every scale."""
+        if self.state.ada is None:
+            return pyramid
+        assert draws.ada is not None
+        return augment(pyramid, draws.ada, self.state.ada.p)
+
+
+@dataclass
+class NonFiniteGuard:
+    """Stops updates, without a device synchronisation, from the first non-finite gradient or loss on.
+
+    The fused optimisers skip a step whose `found_inf` is 1: it is set here and never cleared, so the weights stay those
+    of the last good step until the loop, at its next log line, reads `tripped` and stops the run.
+    """
+
+    tripped: Tensor
+
+    def watch(self, values: list[Tensor], reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Note this step's losses and gradient norms; what one process sees, all obey."""
+        bad = (~torch.isfinite(torch.stack(values))).any().float()
+        self.tripped.copy_(torch.maximum(self.tripped, reduce_sum(bad).clamp(max=1)))
+
+    def withhold(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell a fused optimiser whether its next step may happen."""
+        optimizer.found_inf = self.tripped  # type: ignore[attr-defined]
+
+
+def _unreduced(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass
+class Team:
+    """All that learns in a run, and everything about it that a checkpoint must hold."""
+
+    recipe: Recipe
+    player: Player
+    guard: NonFiniteGuard
+    ema: ModelEmaV3 | None = None
+    adversary: Adversary | None = None
+    reduce_sum: Callable[[Tensor], Tensor] = field(default=_unreduced)
+    """Sum of a tensor over the processes."""
+    reduce_mean: Callable[[Tensor], Tensor] = field(default=_unreduced)
+    """Mean of a tensor over the processes."""
+
+    @property
+    def network(self) -> MaskedAutoencoder:
+        """The bare autoencoder."""
+        network = self.player.network
+        assert isinstance(network, MaskedAutoencoder)
+        return network
+
+    @property
+    def exported(self) -> MaskedAutoencoder:
+        """The network that the run is for: the average where there is one."""
+        if self.ema is None:
+            return self.network
+        assert isinstance(self.ema.module, MaskedAutoencoder)
+        return self.ema.module
+
+    def refresh_phi(self) -> None:
+        """Renew phi's snapshot of the discriminator, where there is one."""
+        if self.adversary and isinstance(self.adversary.phi, SnapshotPhi):
+            self.adversary.phi.refresh(self.adversary.player.network)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Networks and other state by their names in a checkpoint."""
+        modules: dict[str, nn.Module] = {"network": self.network}
+        if self.ema:
+            modules["ema"] = self.ema.module
+        if self.adversary:
+            modules |= {"discriminator": self.adversary.player.network, "adversary": self.adversary.state}
+            if isinstance(self.adversary.phi, SnapshotPhi):
+                modules["phi"] = self.adversary.phi
+        return modules
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimisers by their names in a checkpoint."""
+        optimizers = {"optimizer": self.player.optimizer}
+        if self.adversary:
+            optimizers["discriminator_optimizer"] = self.adversary.player.optimizer
+        return optimizers
+
+
+def create_team(recipe: Recipe, device: torch.device) -> Team:
+    """Networks with the weights that the seed decides, and their optimisers, for one process.
+
+    Args:
+        recipe: What to build.
+        device: Where; "meta" builds shapes only, for counting costs.
+
+    Raises:
+        ValueError: If the recipe's model is unknown or cannot be pretrained.
+    """
+    player = _create_autoencoder(recipe, device)
+    team = Team(recipe, player, NonFiniteGuard(torch.zeros((), device=device)))
+    if recipe.ema_decay:
+        team.ema = ModelEmaV3(player.network, decay=recipe.ema_decay)
+    if isinstance(recipe, AdversarialRecipe):
+        team.adversary = _create_adversary(recipe, team.network, device)
+    return team
+
+
+def _create_autoencoder(recipe: Recipe, device: torch.device) -> Player:
+    check_model_name(recipe.model)
+    torch.manual_seed(derive_seed(recipe.seed, "init"))
+    network = build_autoencoder(
+        timm.create_model(recipe.model, pretrained=False, num_classes=0),
+        decoder_dim=recipe.decoder_dim,
+        decoder_depth=recipe.decoder_depth,
+        decoder_heads=recipe.decoder_heads,
+        mask_ratio=recipe.mask_ratio,
+        multi_scale=recipe.multi_scale,
+    )
+    init_mae_weights(network)
+    network.to(device)
+    groups = param_groups_weight_decay(
+        network, recipe.weight_decay, no_weight_decay_list=["encoder.cls_token", "decoder.mask_token"]
+    )
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+    return Player(network, optimizer, network, network)
+
+
+def _create_adversary(recipe: AdversarialRecipe, network: MaskedAutoencoder, device: torch.device) -> Adversary:
+    torch.manual_seed(derive_seed(recipe.seed, "init", 1))
+    discriminator: nn.Module
+    if recipe.multi_scale:
+        discriminator = MultiScaleDiscriminator(network.image_size, network.num_scales, recipe.d_width)
+    else:
+        discriminator = SingleScaleDiscriminator(network.image_size, recipe.d_width)
+    discriminator.to(device)
+    lr, betas = lazy_optimizer_settings(recipe.d_lr, recipe.d_betas, recipe.r1_every if recipe.r1_gamma else None)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    state = AdversaryState(recipe, ADVERSARIAL_LOSSES[recipe.adversarial_loss].neutral).to(device)
+    phi = create_phi(recipe, discriminator, device)
+    return Adversary(recipe, Player(discriminator, optimizer, discriminator, discriminator), state, phi)
