@@ -12,6 +12,7 @@ from training.losses.pixel import normalise_patches, patch_error
 from training.networks.autoencoder import (
     MaskedAutoencoder,
     build_autoencoder,
+    image_pyramid,
     init_mae_weights,
     patchify,
     random_masking,
@@ -23,9 +24,11 @@ from training.step import reconstruction_loss
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
-def small_autoencoder(mask_ratio: float = 0.75, **overrides: object) -> MaskedAutoencoder:
+def small_autoencoder(mask_ratio: float = 0.75, *, multi_scale: bool = False, **overrides: object) -> MaskedAutoencoder:
     encoder = timm.create_model("vit_pico_patch8_pmae", pretrained=False, **{**SMALL, **overrides})
-    network = build_autoencoder(encoder, decoder_dim=16, decoder_depth=2, decoder_heads=2, mask_ratio=mask_ratio)
+    network = build_autoencoder(
+        encoder, decoder_dim=16, decoder_depth=2, decoder_heads=2, mask_ratio=mask_ratio, multi_scale=multi_scale
+    )
     init_mae_weights(network)
     return network
 
@@ -38,6 +41,34 @@ def test_patchify_is_row_major_with_channels_last() -> None:
     expected = [image[0, c, y, x].item() for y in (0, 1) for x in (2, 3) for c in range(3)]
     assert patches[0, 1].tolist() == expected
     assert torch.equal(unpatchify(patches, 2, (2, 3)), image)
+
+
+def test_pyramid_halves_by_the_mean_of_four_pixels() -> None:
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    fine, middle, coarse = image_pyramid(image, 3)
+    assert fine is image
+    assert middle.flatten().tolist() == [(0 + 1 + 4 + 5) / 4, (2 + 3 + 6 + 7) / 4, (8 + 9 + 12 + 13) / 4, 12.5]
+    assert coarse.flatten().tolist() == [7.5]
+
+
+def test_predictions_are_images_again_and_not_clipped() -> None:
+    network = small_autoencoder(multi_scale=True)
+    originals = image_pyramid(torch.rand(2, 3, 32, 32) * 4 - 2, network.num_scales)
+    preds = tuple(
+        patchify(network.standardise(image), factor).double()
+        for image, factor in zip(originals, (8, 4, 2, 1), strict=True)
+    )
+    for image, original in zip(network.images(preds), originals, strict=True):
+        torch.testing.assert_close(image, original, atol=1e-5, rtol=0)  # float32 again, which this compares too
+
+
+def test_the_decoder_leaves_the_encoder_as_it_is() -> None:
+    plain, multi_scale = small_autoencoder(), small_autoencoder(multi_scale=True)
+    untouched = timm.create_model("vit_pico_patch8_pmae", pretrained=False, **SMALL).state_dict()
+    for network in (plain, multi_scale):
+        shapes = {name: tensor.shape for name, tensor in network.encoder.state_dict().items()}
+        assert shapes == {name: tensor.shape for name, tensor in untouched.items()}
+    assert set(plain.decoder.state_dict()) < set(multi_scale.decoder.state_dict())
 
 
 @pytest.mark.parametrize(("length", "mask_ratio", "visible"), [(64, 0.75, 16), (196, 0.75, 49), (10, 0.5, 5)])

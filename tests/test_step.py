@@ -342,10 +342,10 @@ def test_four_images_are_overfitted(method: str) -> None:
     recipe = tiny(method, **changes)
     team = create_team(recipe, CPU)
     for group in team.player.optimizer.param_groups:
-        group["lr"] = 1e-3
+        group["lr"] = 3e-3
     mask = draw(recipe, 0, team.network, slice(0, 4)).mask
     history = []
-    for step in range(60):
+    for step in range(100):
         draws = replace(draw(recipe, step, team.network, slice(0, 4)), mask=mask)
         history.append(training_step(team, photographs(4), draws, step)["loss/reconstruction"].item())
     assert history[-1] < 0.5 * history[0]

@@ -171,17 +171,29 @@ class Team:
         return optimizers
 
 
-def create_team(recipe: Recipe, device: torch.device) -> Team:
+def create_encoder(recipe: Recipe) -> nn.Module:
+    """The recipe's encoder with random weights.
+
+    Raises:
+        ValueError: If timm does not know it.
+    """
+    check_model_name(recipe.model)
+    return timm.create_model(recipe.model, pretrained=False, num_classes=0)
+
+
+def create_team(recipe: Recipe, device: torch.device, *, encoder: nn.Module | None = None) -> Team:
     """Networks with the weights that the seed decides, and their optimisers, for one process.
 
     Args:
         recipe: What to build.
-        device: Where; "meta" builds shapes only, for counting costs.
+        device: Where.
+        encoder: What to train instead of a new `create_encoder`.
 
     Raises:
         ValueError: If the recipe's model is unknown or cannot be pretrained.
     """
-    player = _create_autoencoder(recipe, device)
+    torch.manual_seed(derive_seed(recipe.seed, "init"))
+    player = _create_autoencoder(recipe, encoder or create_encoder(recipe), device)
     team = Team(recipe, player, NonFiniteGuard(torch.zeros((), device=device)))
     if recipe.ema_decay:
         team.ema = ModelEmaV3(player.network, decay=recipe.ema_decay)
@@ -190,11 +202,9 @@ def create_team(recipe: Recipe, device: torch.device) -> Team:
     return team
 
 
-def _create_autoencoder(recipe: Recipe, device: torch.device) -> Player:
-    check_model_name(recipe.model)
-    torch.manual_seed(derive_seed(recipe.seed, "init"))
+def _create_autoencoder(recipe: Recipe, encoder: nn.Module, device: torch.device) -> Player:
     network = build_autoencoder(
-        timm.create_model(recipe.model, pretrained=False, num_classes=0),
+        encoder,
         decoder_dim=recipe.decoder_dim,
         decoder_depth=recipe.decoder_depth,
         decoder_heads=recipe.decoder_heads,
@@ -202,7 +212,7 @@ def _create_autoencoder(recipe: Recipe, device: torch.device) -> Player:
         multi_scale=recipe.multi_scale,
     )
     init_mae_weights(network)
-    network.to(device)
+    _move(network, device)
     groups = param_groups_weight_decay(
         network, recipe.weight_decay, no_weight_decay_list=["encoder.cls_token", "decoder.mask_token"]
     )
@@ -217,9 +227,16 @@ def _create_adversary(recipe: AdversarialRecipe, network: MaskedAutoencoder, dev
         discriminator = MultiScaleDiscriminator(network.image_size, network.num_scales, recipe.d_width)
     else:
         discriminator = SingleScaleDiscriminator(network.image_size, recipe.d_width)
-    discriminator.to(device)
+    _move(discriminator, device)
     lr, betas = lazy_optimizer_settings(recipe.d_lr, recipe.d_betas, recipe.r1_every if recipe.r1_gamma else None)
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True)
-    state = AdversaryState(recipe, ADVERSARIAL_LOSSES[recipe.adversarial_loss].neutral).to(device)
+    state = AdversaryState(recipe, ADVERSARIAL_LOSSES[recipe.adversarial_loss].neutral)
+    _move(state, device)
     phi = create_phi(recipe, discriminator, device)
     return Adversary(recipe, Player(discriminator, optimizer, discriminator, discriminator), state, phi)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    # not on the CPU, where it would do nothing but refuse the fake tensors of training/cost.py
+    if device.type != "cpu":
+        module.to(device)

@@ -8,40 +8,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+Term = Callable[[Tensor], Tensor]
+"""Maps logits (N,) to their shares (N,) of a loss, sample by sample."""
+
+
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """A pair of losses."""
+    """A pair of losses: means over samples, in float32 whatever comes in."""
 
-    d_loss: Callable[[Tensor, Tensor], Tensor]
-    """Of the discriminator: (logits of real images, logits of rebuilt ones) -> scalar."""
-    g_loss: Callable[[Tensor], Tensor]
-    """Of the autoencoder: (logits of rebuilt images) -> scalar."""
+    real: Term
+    """The discriminator's, of real images."""
+    fake: Term
+    """The discriminator's, of rebuilt images."""
+    fooled: Term
+    """The autoencoder's, of rebuilt images."""
     neutral: float = 0.0
     """The logit at which the discriminator is undecided."""
 
+    def d_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The discriminator's loss, from logits (N,) of real and of rebuilt images."""
+        with torch.autocast(real.device.type, enabled=False):
+            return self.real(real.float()).mean() + self.fake(fake.float()).mean()
 
-ADVERSARIAL_LOSSES = {
+    def g_loss(self, fake: Tensor) -> Tensor:
+        """The autoencoder's loss, from logits (N,) of rebuilt images."""
+        with torch.autocast(fake.device.type, enabled=False):
+            return self.fooled(fake.float()).mean()
+
+
+ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
     # Mao et al. 2017, labels 1 / 0 / 1; per sample and without a sigmoid
     "least_squares": AdversarialLoss(
-        lambda real, fake: 0.5 * (real - 1).square().mean() + 0.5 * fake.square().mean(),
-        lambda fake: 0.5 * (fake - 1).square().mean(),
+        real=lambda logits: 0.5 * (logits - 1).square(),
+        fake=lambda logits: 0.5 * logits.square(),
+        fooled=lambda logits: 0.5 * (logits - 1).square(),
         neutral=0.5,
     ),
     # Goodfellow et al. 2014, non-saturating; StyleGAN2's
     "logistic": AdversarialLoss(
-        lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
-        lambda fake: F.softplus(-fake).mean(),
+        real=lambda logits: F.softplus(-logits), fake=F.softplus, fooled=lambda logits: F.softplus(-logits)
     ),
     # Lim and Ye 2017
     "hinge": AdversarialLoss(
-        lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
-        lambda fake: -fake.mean(),
+        real=lambda logits: F.relu(1 - logits), fake=lambda logits: F.relu(1 + logits), fooled=torch.neg
     ),
     # Arjovsky et al. 2017; Gulrajani et al. 2017 add `regularizers.gradient_penalty`
-    "wgan_gp": AdversarialLoss(
-        lambda real, fake: fake.mean() - real.mean(),
-        lambda fake: -fake.mean(),
-    ),
+    "wgan_gp": AdversarialLoss(real=torch.neg, fake=lambda logits: logits, fooled=torch.neg),
 }
 
 

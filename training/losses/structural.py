@@ -42,16 +42,32 @@ def ssim_l1(pred: Tensor, target: Tensor, *, num_scales: int = 4, ssim_weight: f
         return torch.stack(losses).sum()
 
 
-def ms_ssim(pred: Tensor, target: Tensor) -> Tensor:
-    """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003), mean over the batch, in [0, 1].
-
-    Eleven-tap Gaussian of sigma 1.5 without padding, average pooling between scales, the paper's five weights. An image
-    too small for five scales has as many as the window fits in, with weights renormalised. Contrast terms are cut at
-    zero before their power is taken, whose gradient is not finite otherwise.
+def ssim_map(pred: Tensor, target: Tensor) -> Tensor:
+    """SSIM at every place (Wang et al. 2004): eleven-tap Gaussian of sigma 1.5, without padding.
 
     Args:
         pred: (N, 3, H, W).
         target: (N, 3, H, W) in [0, 1]; H and W at least 11.
+
+    Returns:
+        (N, 3, H - 10, W - 10) float32 in [-1, 1]; the mean over an image is its SSIM.
+    """
+    with torch.autocast(pred.device.type, enabled=False):
+        luminance, structure = _ssim_parts(pred.float(), target.float(), _gaussian_blur)
+        return luminance * structure
+
+
+def ms_ssim(pred: Tensor, target: Tensor, *, floor: float = 0.0) -> Tensor:
+    """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003), mean over the batch, in [0, 1].
+
+    Eleven-tap Gaussian of sigma 1.5 without padding, average pooling between scales, the paper's five weights. An image
+    too small for five scales has as many as the window fits in, with weights renormalised. A negative term, whose power
+    does not exist, counts as zero.
+
+    Args:
+        pred: (N, 3, H, W).
+        target: (N, 3, H, W) in [0, 1]; H and W at least 11.
+        floor: Least value of a scale's term before its power, see `ms_ssim_loss`; 0 is the definition.
 
     Returns:
         A float32 scalar; 1 for equal images.
@@ -63,29 +79,32 @@ def ms_ssim(pred: Tensor, target: Tensor) -> Tensor:
     num_scales = sum(side >= WINDOW for side in sides)
     if num_scales == 0:
         raise ValueError(f"MS-SSIM needs images of at least {WINDOW} pixels a side, not {tuple(target.shape[-2:])}")
+    weights = MS_SSIM_WEIGHTS[:num_scales]
     with torch.autocast(pred.device.type, enabled=False):
         pred, target = pred.float(), target.float()
-        weights = torch.tensor(MS_SSIM_WEIGHTS[:num_scales], device=pred.device)
-        weights = weights / weights.sum()
         similarity = torch.ones(len(pred), device=pred.device)  # (N,)
-        for scale in range(num_scales):
+        for scale, weight in enumerate(weights):
             if scale:
                 pred, target = F.avg_pool2d(pred, 2), F.avg_pool2d(target, 2)
             luminance, structure = _ssim_parts(pred, target, _gaussian_blur)
             last = scale == num_scales - 1
             part = (luminance * structure if last else structure).mean(dim=(1, 2, 3))
-            # the floor keeps the gradient of the power finite, at a hundred-millionth of the value's range
-            similarity = similarity * part.clamp(min=1e-8) ** weights[scale]
+            similarity = similarity * part.clamp(min=floor) ** (weight / sum(weights))
         return similarity.mean()
 
 
 def ms_ssim_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """1 - `ms_ssim`."""
-    return 1 - ms_ssim(pred, target)
+    """1 - `ms_ssim`, for training: a float32 scalar in [0, 1].
+
+    One scale at zero would leave the image without any gradient, and one just above it with a boundless one. So each
+    scale counts at least 0.001, which a flat prediction exceeds on any image: its least contrast term is
+    c2 / (1/4 + c2) = 0.0036.
+    """
+    return 1 - ms_ssim(pred, target, floor=1e-3)
 
 
 def _ssim_parts(pred: Tensor, target: Tensor, blur: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """SSIM's luminance term and its contrast-structure term at every place of the window."""
+    """SSIM's luminance term and its contrast-structure term, in [-1, 1], at every place of the window."""
     c1, c2 = (k**2 for k in K)
     mean_p, mean_t, square_p, square_t, product = blur(
         torch.cat([pred, target, pred * pred, target * target, pred * target])
@@ -93,7 +112,9 @@ def _ssim_parts(pred: Tensor, target: Tensor, blur: Callable[[Tensor], Tensor]) 
     variances = (square_p - mean_p**2) + (square_t - mean_t**2)
     covariance = product - mean_p * mean_t
     luminance = (2 * mean_p * mean_t + c1) / (mean_p**2 + mean_t**2 + c1)
-    return luminance, (2 * covariance + c2) / (variances + c2)
+    # neither bound binds in exact arithmetic; rounding breaks both where a prediction is far outside [0, 1]
+    structure = ((2 * covariance + c2) / (variances + c2).clamp(min=c2 / 2)).clamp(-1, 1)
+    return luminance, structure
 
 
 def _gaussian_blur(images: Tensor) -> Tensor:
@@ -101,6 +122,7 @@ def _gaussian_blur(images: Tensor) -> Tensor:
     offsets = torch.arange(WINDOW, device=images.device, dtype=images.dtype) - WINDOW // 2
     taps = torch.exp(-(offsets**2) / (2 * 1.5**2))
     taps = taps / taps.sum()
-    flat = images.flatten(0, 1).unsqueeze(1)  # (N*C, 1, H, W)
-    flat = F.conv2d(F.conv2d(flat, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
-    return flat.unflatten(0, images.shape[:2]).squeeze(2)
+    channels = images.shape[1]
+    # a group a channel: cuDNN may run ungrouped convolutions in TF32, too coarse for a difference of squares
+    rows = F.conv2d(images, taps.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
+    return F.conv2d(rows, taps.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
