@@ -224,8 +224,8 @@ def ls_gan_p(model: str) -> AdversarialRecipe:
 
 def msg_gan_p(model: str) -> AdversarialRecipe:
     """As ls_gan_p, with multi-scale gradients: an image at every scale of the decoder, judged at that scale."""
-    recipe = replace(ls_gan_p(model), method="msg_gan_p", multi_scale=True, d_width=8192)
-    return replace(_fit_pico(recipe), d_width=1024) if model.startswith("vit_pico") else recipe
+    recipe = replace(ls_gan_p(model), method="msg_gan_p", multi_scale=True, d_width=6144)
+    return replace(_fit_pico(recipe), d_width=512) if model.startswith("vit_pico") else recipe
 
 
 def stylegan2_ada_p(model: str) -> AdversarialRecipe:

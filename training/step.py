@@ -241,7 +241,11 @@ def update_weights(team: Team, players: dict[str, Player], scalars: dict[str, Te
 
 def clip_gradient(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
     """Norm of the gradient before clipping; the gradient is scaled down to `limit` if it is larger."""
-    return nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def total(terms: Terms) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 Term = Callable[[Tensor], Tensor]
 """Maps logits (N,) to their shares (N,) of a loss, sample by sample."""
 

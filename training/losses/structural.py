@@ -96,9 +96,8 @@ def ms_ssim(pred: Tensor, target: Tensor, *, floor: float = 0.0) -> Tensor:
 def ms_ssim_loss(pred: Tensor, target: Tensor) -> Tensor:
     """1 - `ms_ssim`, for training: a float32 scalar in [0, 1].
 
-    One scale at zero would leave the image without any gradient, and one just above it with a boundless one. So each
-    scale counts at least 0.001, which a flat prediction exceeds on any image: its least contrast term is
-    c2 / (1/4 + c2) = 0.0036.
+    One scale at zero would leave the image without any gradient, and one just above zero with a huge one. So each scale
+    counts at least 0.001, below any contrast term of a flat prediction, which is c2 / (variance + c2) >= 0.0036.
     """
     return 1 - ms_ssim(pred, target, floor=1e-3)
 

@@ -16,7 +16,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, linear
 
 from training.networks.decoder import Decoder, MultiScaleDecoder, run_block
 
@@ -155,9 +155,13 @@ class MaskedAutoencoder(nn.Module):
         encoder, cls_token, pos_embed = self.encoder, self.encoder.cls_token, self.encoder.pos_embed
         assert cls_token is not None
         assert pos_embed is not None
-        x = encoder.patch_embed(self.standardise(images))  # (N, L, D)
-        x = x + pos_embed[:, 1:]
-        x = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[2]))  # (N, K, D)
+        projection: Any = encoder.patch_embed.proj
+        # the convolution as a linear map, of the visible patches only
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, 3, p, p) -> (D, p*p*3)
+        patches = self.target(images)
+        patches = patches.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, patches.shape[2]))  # (N, K, p*p*3)
+        places = pos_embed[0, 1:][ids_keep]  # (N, K, D)
+        x = encoder.patch_embed.norm(linear(patches, weight, projection.bias)) + places
         first = cls_token + pos_embed[:, :1]
         x = torch.cat([first.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + K, D)
         outputs = []

@@ -20,7 +20,7 @@ class StepClock:
         self.mark("")
 
     def mark(self, part: str) -> None:
-        """The time since the last mark belongs to `part`."""
+        """The time since the last mark belongs to `part`; to none if it is empty."""
         if not self.cuda:
             self.marks.append((part, time.perf_counter()))
             return
@@ -42,5 +42,6 @@ class StepClock:
                 seconds = start.elapsed_time(end) / 1000
             sums[part] = sums.get(part, 0.0) + seconds
         self.marks = self.marks[-1:]
+        sums.pop("", None)
         whole = sum(sums.values()) or 1.0
         return {part: seconds / whole for part, seconds in sums.items()}
