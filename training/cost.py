@@ -47,11 +47,13 @@ class Cost:
 
 
 def measure_cost(recipe: Recipe) -> Cost:
-    """Count a recipe's cost.
+    """Count a recipe's cost; without that of a timm model as phi, whose weights fake tensors cannot hold.
 
     Raises:
         ValueError: If the recipe's model is unknown or cannot be pretrained.
     """
+    if isinstance(recipe, AdversarialRecipe) and recipe.phi.startswith("timm:"):
+        recipe = replace(recipe, phi="discriminator", phi_file=None)
     plain = _without_lazy_terms(recipe)
     gflop, _ = _count_pass(plain)
     _, activation_bytes = _count_pass(plain, fused=True)

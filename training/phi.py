@@ -1,7 +1,6 @@
 """phi: the network whose features the perceptual terms compare, where it is not the live discriminator."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
@@ -14,12 +13,14 @@ class SnapshotPhi(nn.Module):
     """A frozen copy of the discriminator, renewed from time to time.
 
     Args:
+        twin: A network of the discriminator's shape.
         discriminator: What to copy.
     """
 
-    def __init__(self, discriminator: nn.Module) -> None:
+    def __init__(self, twin: nn.Module, discriminator: nn.Module) -> None:
         super().__init__()
-        self.copy = copy.deepcopy(discriminator).requires_grad_(False)
+        self.copy = twin.requires_grad_(False)
+        self.refresh(discriminator)
 
     def refresh(self, discriminator: nn.Module) -> None:
         """Take over the discriminator's present weights."""
@@ -68,9 +69,15 @@ class TimmPhi(nn.Module):
 
 
 def create_phi(
-    recipe: AdversarialRecipe, discriminator: nn.Module, device: torch.device
+    recipe: AdversarialRecipe, discriminator: nn.Module, create_twin: Callable[[], nn.Module], device: torch.device
 ) -> SnapshotPhi | TimmPhi | None:
     """The recipe's phi, or None for the live discriminator.
+
+    Args:
+        recipe: Names it.
+        discriminator: The live one.
+        create_twin: Makes another network of its shape, for a snapshot.
+        device: Where.
 
     Raises:
         ValueError: If a timm model cannot be had.
@@ -78,5 +85,5 @@ def create_phi(
     if recipe.phi == "discriminator":
         return None
     if recipe.phi == "snapshot":
-        return SnapshotPhi(discriminator)
+        return SnapshotPhi(create_twin(), discriminator)
     return TimmPhi(recipe.phi.removeprefix("timm:"), recipe.phi_file).to(device)

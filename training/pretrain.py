@@ -270,7 +270,7 @@ def optimise(
             scalars = training_step(team, images, draws, step, micro_batches=runtime.micro_batches, mark=clock.mark)
             if team.ema:
                 team.ema.update(network)
-            broken = [source.name(index) for index in batch.broken]
+            broken = batch.broken
             record.after_step(scalars, team.player.optimizer.param_groups[0]["lr"], broken)
             if name := stop.agreed():
                 record.checkpoint()

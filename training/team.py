@@ -220,19 +220,24 @@ def _create_autoencoder(recipe: Recipe, encoder: nn.Module, device: torch.device
     return Player(network, optimizer, network, network)
 
 
-def _create_adversary(recipe: AdversarialRecipe, network: MaskedAutoencoder, device: torch.device) -> Adversary:
-    torch.manual_seed(derive_seed(recipe.seed, "init", 1))
+def _create_discriminator(recipe: AdversarialRecipe, network: MaskedAutoencoder, device: torch.device) -> nn.Module:
     discriminator: nn.Module
     if recipe.multi_scale:
         discriminator = MultiScaleDiscriminator(network.image_size, network.num_scales, recipe.d_width)
     else:
         discriminator = SingleScaleDiscriminator(network.image_size, recipe.d_width)
     _move(discriminator, device)
+    return discriminator
+
+
+def _create_adversary(recipe: AdversarialRecipe, network: MaskedAutoencoder, device: torch.device) -> Adversary:
+    torch.manual_seed(derive_seed(recipe.seed, "init", 1))
+    discriminator = _create_discriminator(recipe, network, device)
     lr, betas = lazy_optimizer_settings(recipe.d_lr, recipe.d_betas, recipe.r1_every if recipe.r1_gamma else None)
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True)
     state = AdversaryState(recipe, ADVERSARIAL_LOSSES[recipe.adversarial_loss].neutral)
     _move(state, device)
-    phi = create_phi(recipe, discriminator, device)
+    phi = create_phi(recipe, discriminator, lambda: _create_discriminator(recipe, network, device), device)
     return Adversary(recipe, Player(discriminator, optimizer, discriminator, discriminator), state, phi)
 
 

@@ -1,83 +1,97 @@
-"""A folder or a tar of images as uint8 tensors."""
+"""Images of a source as batches of uint8 tensors."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from perceptual_mae_models.images import ImageError, open_image
+from training.data.readers import open_reader
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.seeding import derive_seed
 
 
 class ImageSource:
-    """The images of a folder (any nesting) or of a .tar file, by number, through timm's readers.
+    """Images by number, decoded.
 
     Args:
-        root: A folder, or a .tar file.
+        spec: A folder, a .tar, shards or a Hugging Face data set, see `training/data/readers.py`.
         cache: Keep every decoded image in memory, 4 bytes a pixel; each loader process keeps its own.
+        split: Split of a Hugging Face data set.
+        column: Its image column, where it has several.
 
     Raises:
-        FileNotFoundError: If `root` does not exist or holds no image.
-        ValueError: If `root` is a file but no .tar.
+        FileNotFoundError: If `spec` does not exist or holds no image.
+        ValueError: If `spec` is of no kind that can be read.
     """
 
-    def __init__(self, root: Path, *, cache: bool = False) -> None:
-        if not root.exists():
-            raise FileNotFoundError(f"--data {root}: no such folder or tar file")
-        if root.is_file() and root.suffix != ".tar":
-            raise ValueError(f"--data {root}: give a folder of images or an uncompressed .tar of them")
-        self.root = root
-        self.decoded: dict[int, Image.Image] | None = {} if cache else None
-        # a tar is opened anew for every image: a handle shared by forked workers would be a shared file position
-        options: dict[str, Any] = {"cache_tarfiles": False} if root.is_file() else {}
+    def __init__(
+        self, spec: str | Path, *, cache: bool = False, split: str = "train", column: str | None = None
+    ) -> None:
+        self.spec = str(spec)
         try:
-            self.reader = create_reader("", str(root), **options)
-        except (RuntimeError, ValueError) as error:  # a folder, a tar without any image
-            raise FileNotFoundError(f"--data {root}: no image found") from error
+            self.reader = open_reader(self.spec, split=split, column=column)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"--data {error}") from error
+        self.decoded: dict[int, Image.Image] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def name(self, index: int) -> str:
-        """Path of an image inside the source."""
-        return str(self.reader.filename(index))
+        """What an image is called inside the source."""
+        return self.reader.name(index)
 
     @property
     def classes(self) -> list[str]:
-        """Names of the folders that the images lie in, by label."""
-        return list(self.reader.class_to_idx if hasattr(self.reader, "class_to_idx") else self.reader.class_name_to_idx)
+        """Names of the classes, by label: of the folders that the images lie in, where nothing else says so."""
+        return self.reader.classes
 
     @property
     def labels(self) -> list[int]:
         """Label of every image."""
-        if hasattr(self.reader, "targets"):
-            return [int(target) for target in self.reader.targets]
-        return [int(target) for _, target in self.reader.samples]
+        return self.reader.labels
 
     def load(self, index: int) -> Image.Image:
         """Decode an image to RGB; not to be written to.
 
         Raises:
-            ImageError: If it does not decode.
+            ImageError: If it cannot be read or does not decode.
         """
         if self.decoded is not None and index in self.decoded:
             return self.decoded[index]
-        stream, _ = self.reader[index]
-        with stream:
-            try:
-                image = open_image(Image.open(stream))
-            except (OSError, ImageError) as error:
-                raise ImageError(self.name(index), str(error)) from error
+        try:
+            data = self.reader.read(index)
+        except OSError as error:
+            raise ImageError(self.name(index), str(error)) from error
+        image = decode(data, self.name(index))
         if self.decoded is not None:
             self.decoded[index] = image
         return image
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """An encoded image as upright RGB.
+
+    Args:
+        data: A whole image file.
+        name: What to call it in a message.
+
+    Raises:
+        ImageError: If it does not decode.
+    """
+    try:
+        return open_image(Image.open(io.BytesIO(data)))
+    except ImageError as error:
+        raise ImageError(name, error.reason) from error
+    except Exception as error:  # on hostile bytes Pillow's parsers fail with whatever they stumble over
+        raise ImageError(name, "not an image" if data else "empty") from error
 
 
 class Batch(NamedTuple):
@@ -85,12 +99,37 @@ class Batch(NamedTuple):
 
     images: Tensor
     """(N, 3, H, W) uint8."""
-    broken: list[int]
-    """Numbers of images that did not decode; the next one that does stands in for each."""
+    broken: list[str]
+    """Names of images that did not decode; the next one that does stands in for each."""
 
 
-class RandomViews(Dataset[tuple[Tensor, list[int]]]):
-    """MAE's augmentation (random resized crop, bicubic; horizontal flip), drawn from the seed, epoch and image alone.
+class RandomView:
+    """MAE's augmentation: random resized crop, bicubic; horizontal flip.
+
+    Args:
+        image_size: Height and width of the views in pixels.
+        crop_scale: Share of the area that a crop covers, least and most.
+    """
+
+    def __init__(self, image_size: tuple[int, int], crop_scale: tuple[float, float]) -> None:
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(image_size, scale=crop_scale, interpolation=v2.InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """A (3, H, W) uint8 view that the image and the seed alone decide."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            view: Tensor = self.transform(image)
+            return view
+
+
+class RandomViews(Dataset[tuple[Tensor, list[str]]]):
+    """Augmented views of a source's images, drawn from the seed, epoch and image alone.
 
     Args:
         source: Where the images come from.
@@ -104,35 +143,27 @@ class RandomViews(Dataset[tuple[Tensor, list[int]]]):
     ) -> None:
         self.source = source
         self.seed = seed
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(image_size, scale=crop_scale, interpolation=v2.InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(),
-                v2.PILToTensor(),
-            ]
-        )
+        self.view = RandomView(image_size, crop_scale)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: ImageKey) -> tuple[Tensor, list[int]]:
-        broken: list[int] = []
+    def __getitem__(self, key: ImageKey) -> tuple[Tensor, list[str]]:
+        broken: list[str] = []
         for offset in range(len(self.source)):
             index = (key.image + offset) % len(self.source)
             try:
                 image = self.source.load(index)
                 break
             except ImageError:
-                broken.append(index)
+                broken.append(self.source.name(index))
         else:
-            raise ImageError(str(self.source.root), f"none of its {len(self.source)} images decodes")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.seed, "view", *key))
-            return self.transform(image), broken
+            raise ImageError(self.source.spec, f"none of its {len(self.source)} images decodes")
+        return self.view(image, derive_seed(self.seed, "view", *key)), broken
 
 
-def _collate(items: list[tuple[Tensor, list[int]]]) -> Batch:
-    return Batch(torch.stack([view for view, _ in items]), [index for _, broken in items for index in broken])
+def _collate(items: list[tuple[Tensor, list[str]]]) -> Batch:
+    return Batch(torch.stack([view for view, _ in items]), [name for _, broken in items for name in broken])
 
 
 def create_loader(views: RandomViews, sampler: DeterministicBatchSampler, *, workers: int) -> Iterable[Batch]:

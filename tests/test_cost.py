@@ -1,0 +1,67 @@
+"""What a recipe costs: counted figures against closed forms, and the dry run that prints them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from training import pretrain
+from training.benchmark import kinds_of_step
+from training.cost import matmul_peak, measure_cost
+from training.recipes import METHODS, mae, stylegan2_ada_p
+
+
+def test_vit_base_costs_what_arithmetic_says() -> None:
+    cost = measure_cost(mae("vit_base_patch16_pmae"))
+
+    def block(tokens: int, dim: int) -> float:
+        return 2 * tokens * 12 * dim**2 + 2 * 2 * tokens**2 * dim  # linear maps; attention
+
+    forward = 12 * block(50, 768) + 8 * block(197, 512) + 2 * 49 * 768**2 + 2 * 50 * 768 * 512 + 2 * 196 * 512 * 768
+    # the backward pass takes twice the forward one, but no gradient goes to the pixels
+    assert cost.gflop_per_image == pytest.approx((3 * forward - 2 * 49 * 768**2) / 1e9, rel=2e-3)
+    decoder = 768 * 512 + 512 + 512 + 8 * (12 * 512**2 + 13 * 512) + 2 * 512 + 512 * 768 + 768
+    assert cost.parameters == {"encoder": 85_798_656, "decoder": decoder}
+    assert cost.state_bytes == 16 * sum(cost.parameters.values())
+
+
+def test_lazy_penalties_are_spread_over_their_interval() -> None:
+    recipe = stylegan2_ada_p("vit_pico_patch8_pmae")
+    often, rarely = (measure_cost(replace(recipe, r1_every=k, path_every=k)).gflop for k in (2, 8))
+    for name in ("R1", "path length"):
+        assert often[name] == pytest.approx(4 * rarely[name])
+    assert often["autoencoder"] == pytest.approx(rarely["autoencoder"])
+
+
+def test_memory_grows_with_what_is_kept() -> None:
+    costs = [measure_cost(METHODS[name]("vit_pico_patch8_pmae")) for name in ("mae", "ls_gan_p", "msg_gan_p")]
+    kept = [cost.activation_bytes for cost in costs]
+    assert 0 < kept[0] < kept[1] < kept[2]
+
+
+@pytest.mark.parametrize("method", ["mae", "stylegan2_ada_p"])
+def test_dry_run_derives_its_figures(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain.main([method, "--dry-run", "--model", "vit_large_patch16_pmae"])
+    told = capsys.readouterr().out
+    for expected in ("vit_large_patch16_pmae", "parameters", "GFLOP per image", "memory per device", "device hours"):
+        assert expected in told
+    hours = float(told.split("device hours")[1].split()[0])
+    gflop = float(told.split("  all")[1].split()[0])
+    images = int(told.split("steps  ")[1].split()[0]) * 4096
+    assert hours == pytest.approx(gflop * 1e9 * images / (312e12 * 0.4) / 3600, rel=0.01)
+
+
+def test_a_larger_run_is_not_estimated_without_asking(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--images", "1280", "--epochs", "10"]
+    pretrain.main(arguments)
+    assert "100 of 128 images; 1280 images an epoch" in capsys.readouterr().out
+
+
+def test_matmul_peak_is_a_speed_of_this_machine() -> None:
+    assert 1 < matmul_peak(torch.device("cpu"), "fp32", seconds=0.05) < 1e5
+
+
+def test_kinds_of_step_cover_a_cycle() -> None:
+    kinds = kinds_of_step(stylegan2_ada_p("vit_base_patch16_pmae"))
+    assert kinds == {0: 1, 1: 12, 4: 3}
+    assert kinds_of_step(mae("vit_base_patch16_pmae")) == {0: 1}

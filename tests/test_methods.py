@@ -1,0 +1,201 @@
+"""Whole runs of the adversarial methods: killed, interrupted, resumed, on two processes, with other runtime options."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pretrain import ROOT, command, environment, losses, metrics, run, run_here
+
+from training import pretrain
+from training.run.signals import EXIT_INTERRUPTED
+
+FIVE = ("mae", "ms_ssim", "ls_gan_p", "msg_gan_p", "stylegan2_ada_p")
+TINY = (
+    *("--model", "vit_pico_patch8_pmae", "--decoder-dim", "16", "--decoder-heads", "2", "--steps", "5"),
+    *("--batch-size", "8", "--log-every", "1", "--grid-every", "0", "--workers", "0", "--device", "cpu"),
+    *("--checkpoint-every", "1"),
+)
+EXTRA = {
+    "ls_gan_p": ("--d-width", "8", "--phi", "snapshot", "--phi-refresh", "1"),
+    "msg_gan_p": ("--d-width", "256", "--adversarial-start", "2"),
+    "stylegan2_ada_p": ("--d-width", "256", "--r1-every", "2", "--path-every", "2", "--ada-images", "100"),
+}
+
+
+def arguments(method: str, photos: Path, out: Path, *more: object) -> list[str]:
+    return [str(x) for x in (method, "--data", photos, "--out", out, *TINY, *EXTRA.get(method, ()), *more)]
+
+
+def checkpoint_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Everything that the last checkpoint of a run holds."""
+    last = max((out / "checkpoints").iterdir())
+    tensors = {}
+    for file in last.glob("*.safetensors"):
+        tensors |= {f"{file.stem}.{name}": tensor for name, tensor in load_file(file).items()}
+    for file in last.glob("*.pt"):
+        for index, state in torch.load(file, weights_only=True)["state"].items():
+            tensors |= {f"{file.stem}.{index}.{name}": value for name, value in state.items()}
+    return tensors
+
+
+def assert_same_checkpoints(a: Path, b: Path) -> None:
+    left, right = checkpoint_tensors(a), checkpoint_tensors(b)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture(scope="module")
+def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an undisturbed run of every method."""
+    folder = tmp_path_factory.mktemp("methods")
+    for method in FIVE:
+        pretrain.main(arguments(method, photos, folder / method))
+    return folder
+
+
+@pytest.mark.parametrize("method", FIVE)
+def test_killed_at_some_step_and_resumed_ends_bit_equal(
+    method: str, photos: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    told = [*arguments(method, photos, out), "--resume", "auto"]
+    process = subprocess.Popen(command(*told), env=environment(torch.get_num_threads()), cwd=ROOT)
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pretrain.main(told)
+    assert_same_checkpoints(out, straight / method)
+    assert losses(out) == losses(straight / method)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_leaves_with_its_own_code(
+    number: signal.Signals, photos: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "interrupted"
+    told = [*arguments("ls_gan_p", photos, out), "--resume", "auto", "--checkpoint-every", "1000", "--workers", "1"]
+    process = subprocess.Popen(
+        command(*told),
+        env=environment(torch.get_num_threads()),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, number)  # the loader's workers too, as a terminal or a launcher does
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == EXIT_INTERRUPTED, said
+    assert number.name in said
+    assert "--resume auto" in said
+    assert "Traceback" not in said
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert 1 <= int(checkpoint.name.removeprefix("step_")) < 5
+    pretrain.main(told)
+    assert_same_checkpoints(out, straight / "ls_gan_p")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--micro-batches", "2"), ("--grad-checkpointing",), ("--workers", "2", "--cache-images")],
+    ids=["micro-batches", "checkpointing", "workers"],
+)
+def test_runtime_options_do_not_change_the_losses(
+    options: tuple[str, ...], photos: Path, straight: Path, tmp_path: Path
+) -> None:
+    pretrain.main([*arguments("stylegan2_ada_p", photos, tmp_path / "out"), *options])
+    for one, other in zip(metrics(straight / "stylegan2_ada_p"), metrics(tmp_path / "out"), strict=True):
+        for name in (key for key in one if key.startswith(("loss", "logits", "ada", "path"))):
+            assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiling_both_networks_changes_rounding_only(photos: Path, straight: Path, tmp_path: Path) -> None:
+    finished = run(*arguments("ls_gan_p", photos, tmp_path / "out", "--compile"))
+    assert finished.returncode == 0, finished.stderr
+    assert losses(tmp_path / "out") == pytest.approx(losses(straight / "ls_gan_p"), rel=1e-3)
+
+
+def test_resuming_on_another_number_of_processes_follows_the_same_run(
+    photos: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    shutil.copytree(straight / "stylegan2_ada_p", out)
+    shutil.rmtree(max((out / "checkpoints").iterdir()))  # back to step 4
+    finished = run(*arguments("stylegan2_ada_p", photos, out, "--resume", "auto"), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    one, two = metrics(straight / "stylegan2_ada_p")[-1], metrics(out)[-1]
+    assert two["step"] == 5
+    for name in (key for key in one if key.startswith(("loss", "logits", "ada", "path"))):
+        assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+
+
+def test_a_run_says_what_happened(straight: Path) -> None:
+    line = metrics(straight / "stylegan2_ada_p")[2]
+    expected = {"loss", "loss_d", "loss/feature", "loss/style", "loss/adversarial", "loss_d/r1", "loss/path_length"}
+    assert expected | {"grad_norm", "grad_norm_d", "ada_p", "utilisation", "share/discriminator"} <= line.keys()
+    shares = [value for name, value in line.items() if name.startswith("share/")]
+    assert sum(shares) == pytest.approx(1)
+    assert 0 < line["utilisation"] < 1
+    assert (straight / "stylegan2_ada_p" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "loss_d/r1" not in metrics(straight / "stylegan2_ada_p")[1]
+
+
+def test_a_non_finite_term_stops_the_run_by_name(photos: Path, tmp_path: Path) -> None:
+    said = run_here(*arguments("stylegan2_ada_p", photos, tmp_path / "out"), "--r1-gamma", "1e41")
+    assert "loss_d/r1" in said
+    assert "became non-finite" in said
+    assert not (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--batch-size", "6"), "--batch-size 6 must be a multiple of 4"),
+        (("--micro-batches", "4"), "--batch-size 8 must be a multiple of 16"),
+        (("--adaptive-weight", "--micro-batches", "2"), "--adaptive-weight compares"),
+        (("--phi", "vgg"), "--phi is vgg: it must be discriminator, snapshot or timm:NAME"),
+        (("--norm-pix-loss",), "--norm-pix-loss is True"),
+        (("--r1-every", "0"), "--r1-every is 0: it must be above 0"),
+        (("--phi", "timm:no_such_model"), "--phi timm:no_such_model"),
+    ],
+)
+def test_wrong_adversarial_flags_stop_before_training(
+    change: tuple[str, ...], message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = [*arguments("ls_gan_p", photos, tmp_path / "out"), *change]
+    said = run_here(*told) + capsys.readouterr().err
+    assert message in " ".join(said.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_of_another_method_is_refused(photos: Path, tmp_path: Path) -> None:
+    finished = run(*arguments("mae", photos, tmp_path / "out", "--r1-gamma", "1"))
+    assert finished.returncode != 0
+    assert "--r1-gamma" in finished.stderr + finished.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_reach_tensorboard(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    pretrain.main([*arguments("mae", photos, tmp_path / "out"), "--track", "tensorboard"])
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+def test_the_debug_recipe_runs_every_term(photos: Path, tmp_path: Path) -> None:
+    told = ["debug", "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu", "--log-every", "1"]
+    pretrain.main(told)
+    assert len(metrics(tmp_path / "out")) == json.loads((tmp_path / "out" / "recipe.json").read_text())["total_steps"]

@@ -1,0 +1,118 @@
+"""Where images lie: one interface over folders, tars and Hugging Face data sets; bytes by number, nothing decoded.
+
+| spec | images |
+|---|---|
+| `photos/` | a folder, any nesting; its innermost folders are the classes |
+| `photos.tar` | an uncompressed tar with the same inside |
+| `shards/`, `shards-{000..127}.tar`, `shards-*.tar` | tars, WebDataset's layout or any other |
+| `hf:…` | a Hugging Face data set, see `training/data/hub.py` |
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
+
+from perceptual_mae_models.images import IMAGE_SUFFIXES
+from training.data.hub import HubReader
+from training.data.tars import TarReader, expand_braces
+
+HUB_PREFIX = "hf:"
+
+
+class Reader(Protocol):
+    """Encoded images by number. Readers are shared by forked loader processes, so they hold no file position."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, by label."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Label of every image; ValueError where the data set has none."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What the image is called inside its source; no two are called the same."""
+
+    def read(self, index: int) -> bytes:
+        """The image's file; OSError where it cannot be read."""
+
+
+class FolderReader:
+    """The image files below a folder in natural order; links to folders are followed.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        FileNotFoundError: If there is no image in it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        found, class_numbers = find_images_and_targets(str(root), types=set(IMAGE_SUFFIXES), sort=False)
+        if not found:
+            raise FileNotFoundError(f"{root}: no image found")
+        # the name itself decides between names that differ by case only, which the natural key takes for equal
+        found = sorted(found, key=lambda item: (natural_key(item[0]), item[0]))
+        self.root = root
+        self.paths = [path for path, _ in found]
+        self.labels: list[int] = [label for _, label in found]
+        self.classes: list[str] = list(class_numbers)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Path below the folder."""
+        return Path(self.paths[index]).relative_to(self.root).as_posix()
+
+    def read(self, index: int) -> bytes:
+        """The file."""
+        return Path(self.paths[index]).read_bytes()
+
+
+def open_reader(spec: str, *, split: str = "train", column: str | None = None) -> Reader:
+    """Find out what a spec names and index it.
+
+    Args:
+        spec: See the table above.
+        split: Split of a Hugging Face data set.
+        column: Its image column, where it has several.
+
+    Raises:
+        FileNotFoundError: If there is no such thing or no image in it.
+        ValueError: If it is of no kind that can be read.
+    """
+    if spec.startswith(HUB_PREFIX):
+        return HubReader(spec.removeprefix(HUB_PREFIX), split, column)
+    path = Path(spec)
+    if path.is_file():
+        if path.suffix != ".tar":
+            raise ValueError(f"{spec}: give a folder of images or an uncompressed .tar of them")
+        return TarReader([path])
+    tars = _tars_in(path) if path.is_dir() else _tars_matching(spec)
+    return TarReader(tars) if tars else FolderReader(path)
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    """The tars of a folder of shards. A tar that lies beside images or folders is not meant."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if any(entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
+        return []
+    return sorted((e for e in entries if e.suffix == ".tar"), key=lambda e: natural_key(e.name))
+
+
+def _tars_matching(pattern: str) -> list[Path]:
+    found = []
+    for part in expand_braces(pattern):
+        path = Path(part)
+        matches = sorted(path.parent.glob(path.name), key=lambda match: natural_key(match.name))
+        if not matches:
+            raise FileNotFoundError(f"{part}: no such folder or tar file")
+        found += matches
+    if wrong := next((path for path in found if path.suffix != ".tar"), None):
+        raise ValueError(f"{pattern}: a pattern names uncompressed .tar files, not {wrong.name}")
+    return found

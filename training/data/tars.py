@@ -1,0 +1,200 @@
+"""Random access to the images of uncompressed tars, by an index of where their members lie.
+
+`tarfile` would do, but builds and keeps an object of a kilobyte a member: minutes and gigabytes for millions of files.
+Compressed tars have no random access; sparse members, which no image is, are refused.
+"""
+
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from timm.utils.misc import natural_key
+
+from perceptual_mae_models.images import IMAGE_SUFFIXES
+
+BLOCK = 512
+REGULAR = frozenset((b"0", b"\0", b"7"))
+WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # links, devices, folders, pipes
+
+
+class Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    offset: int
+    """Of its first byte."""
+    size: int
+    """In bytes."""
+
+
+class TarError(ValueError):
+    """A tar that cannot be indexed."""
+
+
+def read_index(path: Path) -> list[Member]:
+    """The regular files of a tar (POSIX.1-1988, POSIX.1-2001 "pax" or GNU format), in their order.
+
+    Raises:
+        TarError: If it is compressed, no tar at all, damaged or cut short.
+    """
+    if not path.stat().st_size:
+        return []  # an empty file cannot be mapped
+    # a map, not reads: one system call a member would be most of the time
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        members, position = [], 0
+        extended: dict[str, str] = {}  # what precedes a member and replaces its header's fields
+        # two zero blocks end a tar; some writers leave them out
+        while (header := tar[position : position + BLOCK]).strip(b"\0"):
+            kind, data = header[156:157], position + BLOCK
+            try:
+                if header[257:262] != b"ustar":  # at every header: catches damage at a fraction of a check sum's time
+                    raise ValueError("no tar header")
+                size = _number(header[124:136]) if kind not in WITHOUT_DATA else 0
+                if kind == b"L":
+                    extended["path"] = _text(tar[data : data + size])
+                elif kind == b"x":
+                    extended |= _pax_records(tar[data : data + size])
+                elif kind == b"S":
+                    raise ValueError("sparse files are not supported")
+                elif kind not in (b"K", b"g"):  # K: a long link's target; g: defaults, never of path or size
+                    size = int(extended.get("size", size))
+                    if kind in REGULAR:
+                        members.append(Member(extended.get("path") or _name(header), data, size))
+                    extended = {}
+            except ValueError as error:
+                raise TarError(f"{path}: not an uncompressed .tar, or damaged at byte {position}") from error
+            position = data + -(-size // BLOCK) * BLOCK
+        missing = members[-1].offset + members[-1].size - len(tar) if members else 0
+        if missing > 0:
+            raise TarError(f"{path}: the tar is cut short, {missing} bytes are missing")
+    return members
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or GNU's binary form for what does not fit."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _name(header: bytes) -> str:
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """Lines of `LENGTH KEY=VALUE`, LENGTH counting the whole line; a value may hold line breaks."""
+    records, position = {}, 0
+    while position < len(data):
+        digits = data[position:].split(b" ", 1)[0]
+        end = position + int(digits)
+        key, _, value = data[position + len(digits) + 1 : end - 1].partition(b"=")
+        records[_text(key)] = _text(value)
+        position = end
+    return records
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{08..11}.tar` -> a-08.tar, a-09.tar, a-10.tar, a-11.tar; any number of ranges; without one, the pattern."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    first, last = match.groups()
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+    return [part for number in numbers for part in expand_braces(f"{before}{number}{after}")]
+
+
+class TarReader:
+    """The images of one or more tars: tar by tar, in natural order inside each.
+
+    Labels are the `.cls` members of WebDataset's layout where there are any, else the folders inside the tars.
+
+    Args:
+        tars: The files.
+
+    Raises:
+        FileNotFoundError: If there is no image in them.
+        TarError: If one cannot be indexed.
+    """
+
+    def __init__(self, tars: list[Path]) -> None:
+        self.tars = tars
+        self.names: list[str] = []
+        self._label_files: dict[str, tuple[int, int, int]] = {}
+        places = []
+        for number, tar in enumerate(tars):
+            members = read_index(tar)
+            images = [member for member in members if _is_image(member.name)]
+            images.sort(key=lambda member: (natural_key(member.name), member.name))
+            self.names += [self._qualified(number, member.name) for member in images]
+            places += [(number, member.offset, member.size) for member in images]
+            for name, offset, size in members:
+                if name.endswith(".cls"):
+                    self._label_files[_sample_key(self._qualified(number, name))] = (number, offset, size)
+        if not self.names:
+            raise FileNotFoundError(f"{tars[0]}: no image found")
+        self.places = np.array(places)  # (N, 3) number of the tar, offset, size
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Path inside the tar, behind the tar's own name where there are several."""
+        return self.names[index]
+
+    def read(self, index: int) -> bytes:
+        """The image's bytes."""
+        return self._read(*self.places[index].tolist())
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the folders inside the tars, or the numbers in the .cls members."""
+        if self._label_files:
+            return [str(number) for number in range(max(self.labels) + 1)]
+        return sorted({self._folder(name) for name in self.names}, key=natural_key)
+
+    @property
+    def labels(self) -> list[int]:
+        """Label of every image.
+
+        Raises:
+            ValueError: If an image has no .cls member while others do.
+        """
+        if not self._label_files:
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            return [numbers[self._folder(name)] for name in self.names]
+        try:
+            return [int(self._read(*self._label_files[_sample_key(name)])) for name in self.names]
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} has no label (.cls)") from error
+
+    def _qualified(self, tar: int, name: str) -> str:
+        name = name.removeprefix("./")
+        return name if len(self.tars) == 1 else f"{self.tars[tar].name}/{name}"
+
+    def _folder(self, name: str) -> str:
+        folders = name.split("/")[:-1] if len(self.tars) == 1 else name.split("/")[1:-1]
+        return folders[-1] if folders else ""
+
+    def _read(self, tar: int, offset: int, size: int) -> bytes:
+        # opened anew for every image: thousands of shards would exceed the limit of open files
+        with self.tars[tar].open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+
+def _is_image(name: str) -> bool:
+    return f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+
+
+def _sample_key(name: str) -> str:
+    """What the members of one WebDataset sample share: the path up to the first dot of its last part."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.split('.')[0]}"
