@@ -61,7 +61,7 @@ def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_the_index_of_a_tar_is_tarfiles(tmp_path: Path, format: int) -> None:  # noqa: A002
+def test_the_index_of_a_tar_is_tarfiles(tmp_path: Path, format: int) -> None:
     long = "folder/" * 12 + "n" * 80
     names = ["a.png", "./b/c.png", long, *([] if format == tarfile.USTAR_FORMAT else ["ü" * 130, "deep/" * 60 + "x"])]
     path = write_tar(

@@ -52,13 +52,8 @@ def measure_cost(recipe: Recipe) -> Cost:
     Raises:
         ValueError: If the recipe's model is unknown or cannot be pretrained.
     """
-    if isinstance(recipe, AdversarialRecipe) and recipe.phi.startswith("timm:"):
-        recipe = replace(recipe, phi="discriminator", phi_file=None)
-    plain = _without_lazy_terms(recipe)
-    gflop, _ = _count_pass(plain)
-    _, activation_bytes = _count_pass(plain, fused=True)
-    for name, alone, every in _lazy_terms(recipe):
-        gflop[name] = (sum(_count_pass(alone)[0].values()) - sum(gflop.values())) / every
+    recipe = _without_timm_phi(recipe)
+    _, activation_bytes = _count_pass(_without_lazy_terms(recipe), fused=True)
     with _fake_team(recipe) as team:
         networks: dict[str, nn.Module] = {
             "encoder": team.network.encoder,
@@ -68,12 +63,17 @@ def measure_cost(recipe: Recipe) -> Cost:
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     learned = sum(parameters.values())
     averaged = parameters["encoder"] + parameters["decoder"] if recipe.ema_decay else 0
-    return Cost(gflop, activation_bytes, parameters, 4 * (4 * learned + averaged))
+    return Cost(count_gflop(recipe), activation_bytes, parameters, 4 * (4 * learned + averaged))
 
 
-def gflop_per_image(recipe: Recipe) -> float:
-    """10^9 floating point operations an image and step."""
-    return measure_cost(recipe).gflop_per_image
+def count_gflop(recipe: Recipe) -> dict[str, float]:
+    """10^9 floating point operations an image and step, by part; see `Cost`."""
+    recipe = _without_timm_phi(recipe)
+    gflop, _ = _count_pass(_without_lazy_terms(recipe))
+    base = sum(gflop.values())
+    for name, alone, every in _lazy_terms(recipe):
+        gflop[name] = (sum(_count_pass(alone)[0].values()) - base) / every
+    return gflop
 
 
 def matmul_peak(device: torch.device, precision: str, *, seconds: float = 0.3) -> float:
@@ -188,6 +188,12 @@ class _FlopCounter(TorchDispatchMode):
         if formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def _without_timm_phi(recipe: Recipe) -> Recipe:
+    if isinstance(recipe, AdversarialRecipe) and recipe.phi.startswith("timm:"):
+        return replace(recipe, phi="discriminator", phi_file=None)
+    return recipe
 
 
 def _without_lazy_terms(recipe: Recipe) -> Recipe:

@@ -31,7 +31,7 @@ from timm.scheduler import CosineLRScheduler
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
 from perceptual_mae_models.images import ImageError
-from training.cost import IMAGENET_IMAGES, describe, gflop_per_image, matmul_peak
+from training.cost import IMAGENET_IMAGES, count_gflop, describe, matmul_peak
 from training.curves import save_curves
 from training.data.images import ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler
@@ -254,7 +254,7 @@ def optimise(
         max_broken=output.max_broken,
         draw=lambda path: grid.save(team.exported, path),
         clock=clock,
-        utilisation=gflop_per_image(recipe) / (matmul_peak(device, recipe.precision) * world_size),
+        utilisation=peak_share(recipe, accelerator),
     )
     with StopRequest(accelerator) as stop:
         for step, batch in zip(steps, loader, strict=True):
@@ -270,12 +270,19 @@ def optimise(
             scalars = training_step(team, images, draws, step, micro_batches=runtime.micro_batches, mark=clock.mark)
             if team.ema:
                 team.ema.update(network)
-            broken = batch.broken
-            record.after_step(scalars, team.player.optimizer.param_groups[0]["lr"], broken)
+            record.after_step(scalars, team.player.optimizer.param_groups[0]["lr"], batch.broken)
             if name := stop.agreed():
                 record.checkpoint()
                 raise Interrupted(f"{name} after step {record.step}: go on with --resume auto")
     return record.close()
+
+
+def peak_share(recipe: Recipe, accelerator: Accelerator) -> float:
+    """Share of all processors' matrix-product peak that one image a second takes; only the main process needs it."""
+    if not accelerator.is_main_process:
+        return 0.0
+    peak = matmul_peak(accelerator.device, recipe.precision) * accelerator.num_processes
+    return sum(count_gflop(recipe).values()) / peak
 
 
 def phi_refresh_steps(recipe: Recipe, num_images: int) -> int:
