@@ -17,6 +17,7 @@ from training.data.images import Batch, ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler
 from training.data.stream import ImageStream, StreamViews, create_stream_loader, stand_ins
 from training.data.tars import TarError, expand_braces, read_index
+from training.run.signals import ignore_in_workers
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options: Any) -> Path:
@@ -106,7 +107,7 @@ def test_shards_hold_the_folders_images_and_labels(photos: Path, shards: Path, s
     for index, label in enumerate(source.labels):
         number = int(Path(source.name(index)).stem)
         assert label == number % 3
-        assert source.load(index) == Image.open(photos / f"class{label}" / f"{number:02d}.png")
+        assert source.load(index) == Image.open(photos / f"class{label}" / f"{number:02d}.png").convert("RGB")
 
 
 def test_folders_inside_several_tars_are_classes(tmp_path: Path) -> None:
@@ -154,7 +155,8 @@ def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     module = pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(module.config, "HF_DATASETS_OFFLINE", True)
+    for constants in (module.config, pytest.importorskip("huggingface_hub").constants):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return module
 
 
@@ -204,8 +206,7 @@ def test_hugging_face_splits_columns_and_refusals(datasets: Any, rows: Any, tmp_
 
 
 def test_a_broken_row_is_named(datasets: Any, tmp_path: Path) -> None:
-    images = [{"bytes": data, "path": None} for data in (png(1), b"no image", None)]
-    images[2]["path"] = "nowhere.png"
+    images = [{"bytes": png(1), "path": None}, {"bytes": b"no image", "path": None}, None]
     features = datasets.Features({"photo": datasets.Image()})
     datasets.Dataset.from_dict({"photo": images}, features=features).save_to_disk(str(tmp_path / "rows"))
     source = ImageSource(f"hf:{tmp_path}/rows")
@@ -251,10 +252,10 @@ def test_two_processes_streams_join_to_a_partition(colours: str) -> None:
     assert sorted(first + second) == list(range(128))
 
 
-@pytest.mark.parametrize("epoch", [128, 100, 30, None])
+@pytest.mark.parametrize("epoch", [100, 30, None])
 def test_a_stream_goes_on_exactly_and_workers_change_nothing(colours: str, epoch: int | None) -> None:
     straight = [batch.images for batch in batches(colours, range(21), epoch=epoch)]
-    for start, workers in ((3, 2), (17, 3), (20, 0)):
+    for start, workers in ((3, 0), (17, 3)):
         late = [batch.images for batch in batches(colours, range(start, 21), epoch=epoch, workers=workers)]
         assert len(late) == 21 - start
         assert all(map(torch.equal, late, straight[start:])), (start, workers)
@@ -310,3 +311,34 @@ def test_streams_that_cannot_work_are_refused(colours: str) -> None:
     with pytest.raises(ValueError, match="--data webdataset:nowhere"):
         ImageStream("hf-stream:webdataset:nowhere/*.tar")
     assert hub.image_bytes(None) == b""
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("damage", ["size", "record"])
+def test_a_damaged_tar_does_not_lead_in_a_circle(tmp_path: Path, damage: str) -> None:
+    member = tarfile.TarInfo("a.png")
+    member.pax_headers = {"size": "-1024"}
+    data = bytearray(member.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    if damage == "record":
+        data[512:514] = b"0 "  # its own length, after the 512 bytes of its header
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(TarError, match="damaged"):
+        read_index(tmp_path / "a.tar")
+
+
+def test_a_file_that_vanished_is_a_broken_image_of_a_stream(datasets: Any, photos: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes((photos / "class0" / "00.png").read_bytes())
+    source = ImageStream(f"hf-stream:imagefolder:{tmp_path}", epoch_images=4)
+    (tmp_path / "2.png").unlink()
+    [batch] = StreamViews(source, (32, 32), (0.2, 1.0), 0, batch_size=4, steps=range(1), buffer=2)
+    [name] = batch.broken
+    assert "2.png" in name
+
+
+def test_loader_processes_leave_signals_to_the_training_process(datasets: Any, colours: str, photos: Path) -> None:
+    views = RandomViews(ImageSource(photos), (32, 32), (0.2, 1.0), seed=0)
+    streamed_views = StreamViews(ImageStream(colours), (8, 8), (1.0, 1.0), 0, batch_size=4, steps=range(2))
+    loader: Any = create_loader(views, DeterministicBatchSampler(24, 4, range(2), 0), workers=1)
+    streamed: Any = create_stream_loader(streamed_views, workers=1)
+    assert loader.worker_init_fn is streamed.worker_init_fn is ignore_in_workers

@@ -1,15 +1,15 @@
 """Pictures of reconstructions on fixed images with fixed masks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-from perceptual_mae_models.images import ImageError
-from training.data.images import ImageSource
 from training.losses.pixel import normalise_patches
 from training.networks.autoencoder import MaskedAutoencoder, Reconstruction
 from training.recipes import Recipe
@@ -54,24 +54,17 @@ class FixedGrid:
     """The same images under the same masks, rebuilt by whatever network is given.
 
     Args:
-        source: Where the images come from; some that decode are taken, evenly spaced over it.
+        images: Of any size; the middle of each is taken.
         network: Tells image and grid size.
         recipe: Its seed decides the masks.
-        count: How many images.
     """
 
-    def __init__(self, source: ImageSource, network: MaskedAutoencoder, recipe: Recipe, *, count: int = 8) -> None:
+    def __init__(self, images: Sequence[Image.Image], network: MaskedAutoencoder, recipe: Recipe) -> None:
         height, width = network.image_size
         crop = v2.Compose(
             [v2.Resize(max(height, width), antialias=True), v2.CenterCrop((height, width)), v2.PILToTensor()]
         )
-        images: list[Tensor] = []
-        for index in range(0, len(source), max(1, len(source) // count)):
-            try:
-                images.append(crop(source.load(index)))
-            except ImageError:  # noqa: PERF203  (a broken image is left out of the picture)
-                continue
-        self.images = torch.stack(images[:count]).float() / 255  # (count, 3, H, W)
+        self.images = torch.stack([crop(image) for image in images]).float() / 255  # (count, 3, H, W)
         self.noise = torch.rand(len(self.images), network.num_patches, generator=generator(recipe.seed, "grid"))
         self.recipe = recipe
 

@@ -19,9 +19,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -31,10 +29,12 @@ from timm.scheduler import CosineLRScheduler
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
 from perceptual_mae_models.images import ImageError
-from training.cost import IMAGENET_IMAGES, count_gflop, describe, matmul_peak
+from training.config import Config, Estimate, Output, Runtime
+from training.cost import count_gflop, describe, matmul_peak
 from training.curves import save_curves
-from training.data.images import ImageSource, RandomViews, create_loader
-from training.data.sampler import DeterministicBatchSampler
+from training.data.feed import batches, describe_data, num_images, preview
+from training.data.images import ImageSource
+from training.data.stream import ImageStream
 from training.draws import draw
 from training.grids import FixedGrid
 from training.networks.discriminator import STDDEV_GROUP
@@ -48,94 +48,6 @@ from training.run.signals import EXIT_INTERRUPTED, Interrupted, StopRequest
 from training.step import training_step
 from training.team import Team, create_team
 from training.weights import save_run_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """What changes the speed of a run and nothing else."""
-
-    workers: int = 2
-    """Loader processes per training process; 0 loads in the training process."""
-    cache_images: bool = False
-    """Keep decoded images in the memory of every loader process (4 bytes a pixel), for small data sets."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: a GPU where there is one."""
-    micro_batches: int = 1
-    """Passes a step is cut into on each process; the gradients add up. More passes need less memory."""
-    grad_checkpointing: bool = False
-    """Compute the autoencoder's blocks twice instead of keeping what is inside them: less memory, slower."""
-    compile: bool = False
-    """torch.compile the networks: faster steps after a slow first one; the result differs by float rounding only."""
-    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics go besides metrics.jsonl; each needs its package."""
-
-    def __post_init__(self) -> None:
-        if self.micro_batches < 1:
-            raise ValueError(f"--micro-batches is {self.micro_batches}: it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """What a run reads and writes."""
-
-    data: Path | None = None
-    """A folder of images (any nesting) or a .tar of them."""
-    out: Path | None = None
-    """The run folder."""
-    dry_run: bool = False
-    """Print the resolved recipe and what it costs, and stop."""
-    resume: Literal["no", "auto"] = "no"
-    """auto: go on from the newest checkpoint in --out, or start afresh. no: refuse a folder that holds a run."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Checkpoints to keep; older ones are deleted."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    grid_every: int = 500
-    """Steps between pictures of reconstructions; 0: none."""
-    max_broken: float = 0.01
-    """Stop when a larger share of the images seen did not decode."""
-
-    def __post_init__(self) -> None:
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"--keep-checkpoints is {self.keep_checkpoints}: it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What --dry-run assumes."""
-
-    images: int = IMAGENET_IMAGES
-    """Size of the data set where no --data is given; ImageNet-1K's by default."""
-    devices: int = 8
-    """Processes, one a device."""
-    peak_tflops: float = 312.0
-    """A device's matrix-product peak, 10^12 operations a second; an A100's in bf16 by its data sheet."""
-    assumed_utilisation: float = 0.4
-    """Share of that peak that the run reaches; metrics.jsonl and training/benchmark.py say what yours does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """A whole command."""
-
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
-    runtime: tyro.conf.OmitArgPrefixes[Runtime]
-    output: tyro.conf.OmitArgPrefixes[Output]
-    estimate: tyro.conf.OmitArgPrefixes[Estimate]
-
-    @property
-    def places(self) -> tuple[Path, Path]:
-        """Where images come from and where the run goes.
-
-        Raises:
-            ValueError: If one of them was not given.
-        """
-        data, out = self.output.data, self.output.out
-        if data is None or out is None:
-            raise ValueError("give --data (a folder or .tar of images) and --out (the run folder), or --dry-run")
-        return data, out
 
 
 def check_batch(recipe: Recipe, runtime: Runtime, num_processes: int) -> None:
@@ -171,7 +83,7 @@ def pretrain(config: Config) -> None:
         RunError: If the run folder, the images or the loss do not allow to go on.
         Interrupted: If a signal asked the run to stop; its checkpoint is written.
     """
-    recipe, runtime, (data, out) = config.recipe, config.runtime, config.places
+    recipe, runtime, (feed, out) = config.recipe, config.runtime, config.places
     # without cpu=True, accelerate takes the processes of a launcher on a machine without GPUs for single ones
     use_cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
@@ -181,12 +93,12 @@ def pretrain(config: Config) -> None:
         project_config=ProjectConfiguration(project_dir=str(out)),
     )
     check_batch(recipe, runtime, accelerator.num_processes)
-    source = ImageSource(data, cache=runtime.cache_images)
+    source = feed.open()
     team = create_team(recipe, accelerator.device)
-    total_steps = recipe.num_steps(len(source))
+    total_steps = recipe.num_steps(num_images(source))
     description = {
         "recipe": dataclasses.asdict(recipe),
-        "data": {"name": data.name, "images": len(source)},
+        "data": describe_data(source, accelerator.num_processes),
         "total_steps": total_steps,
         "versions": versions(),
     }
@@ -210,7 +122,7 @@ def pretrain(config: Config) -> None:
 def optimise(
     config: Config,
     accelerator: Accelerator,
-    source: ImageSource,
+    source: ImageSource | ImageStream,
     team: Team,
     total_steps: int,
     progress: dict[str, Any],
@@ -227,11 +139,11 @@ def optimise(
     recipe, runtime, output, network = config.recipe, config.runtime, config.output, team.network
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     steps = range(progress["step"], total_steps)
-    sampler = DeterministicBatchSampler(
-        len(source), recipe.batch_size, steps, recipe.seed, rank=rank, world_size=world_size
+    loader = batches(
+        source, recipe, network.image_size, steps, rank=rank, world_size=world_size, workers=runtime.workers
     )
-    views = RandomViews(source, network.image_size, recipe.crop_scale, recipe.seed)
-    loader = create_loader(views, sampler, workers=runtime.workers)
+    local = recipe.batch_size // world_size
+    share = slice(rank * local, (rank + 1) * local)  # this process's part of a global batch
     network.grad_checkpointing = runtime.grad_checkpointing
     players = [team.player, *([team.adversary.player] if team.adversary else [])]
     schedulers = [create_scheduler(player.optimizer, recipe, total_steps) for player in players]
@@ -239,8 +151,8 @@ def optimise(
         player.prepare(accelerator.prepare_model, compiled=runtime.compile)
     team.reduce_sum = lambda value: accelerator.reduce(value, reduction="sum")
     team.reduce_mean = lambda value: accelerator.reduce(value, reduction="mean")
-    refresh_every = phi_refresh_steps(recipe, len(source))
-    grid, clock = FixedGrid(source, network, recipe), StepClock(device)
+    refresh_every = phi_refresh_steps(recipe, num_images(source))
+    grid, clock = FixedGrid(preview(source, 8), network, recipe), StepClock(device)
     record = RunRecord(
         config.places[1],
         accelerator,
@@ -261,7 +173,7 @@ def optimise(
             # what a network draws for itself (drop path) is the same after a restart and different on every process
             torch.manual_seed(derive_seed(recipe.seed, "network", step, rank))
             images = batch.images.to(device, non_blocking=True).float() / 255  # (N, 3, H, W) in [0, 1]
-            draws = draw(recipe, step, network, sampler.share).to(device)
+            draws = draw(recipe, step, network, share).to(device)
             clock.mark("data")
             for scheduler in schedulers:
                 scheduler.step_update(step)
@@ -274,6 +186,7 @@ def optimise(
             if name := stop.agreed():
                 record.checkpoint()
                 raise Interrupted(f"{name} after step {record.step}: go on with --resume auto")
+            clock.mark("record")
     return record.close()
 
 
@@ -285,20 +198,26 @@ def peak_share(recipe: Recipe, accelerator: Accelerator) -> float:
     return sum(count_gflop(recipe).values()) / peak
 
 
-def phi_refresh_steps(recipe: Recipe, num_images: int) -> int:
-    """Steps between renewals of phi's snapshot; 0: there is none."""
+def phi_refresh_steps(recipe: Recipe, num_images: int | None) -> int:
+    """Steps between renewals of phi's snapshot; 0: there is none.
+
+    Raises:
+        ValueError: If epochs are asked for and the size of the data set is not known.
+    """
     if not isinstance(recipe, AdversarialRecipe) or recipe.phi != "snapshot":
         return 0
+    if num_images is None:
+        raise ValueError("--phi-refresh counts epochs, and this stream does not know its size: give --epoch-images")
     return max(1, round(recipe.phi_refresh * num_images / recipe.batch_size))
 
 
 def dry_run(config: Config) -> str:
     """What the command would do and cost."""
-    estimate, data = config.estimate, config.output.data
+    estimate = config.estimate
     check_batch(config.recipe, config.runtime, estimate.devices)
     return describe(
         config.recipe,
-        num_images=len(ImageSource(data)) if data else estimate.images,
+        num_images=(config.output.data and num_images(config.places[0].open())) or estimate.images,
         per_device=config.recipe.batch_size // (estimate.devices * config.runtime.micro_batches),
         peak_tflops=estimate.peak_tflops,
         utilisation=estimate.assumed_utilisation,

@@ -97,9 +97,17 @@ class Recipe:
         """The peak learning rate, by MAE's linear scaling rule."""
         return self.blr * self.batch_size / 256
 
-    def num_steps(self, num_images: int) -> int:
-        """Optimiser steps of the whole run over a data set of `num_images`."""
-        return self.steps if self.steps is not None else max(1, round(self.epochs * num_images / self.batch_size))
+    def num_steps(self, num_images: int | None) -> int:
+        """Optimiser steps of the whole run over a data set of `num_images`.
+
+        Raises:
+            ValueError: If neither the steps nor the size of the data set are known.
+        """
+        if self.steps is not None:
+            return self.steps
+        if num_images is None:
+            raise ValueError("--epochs needs the size of the data set, which this stream does not know: give --steps")
+        return max(1, round(self.epochs * num_images / self.batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)

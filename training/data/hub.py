@@ -42,6 +42,8 @@ def load_hub_dataset(spec: str, split: str, *, streaming: bool) -> Any:
         if Path(rest).is_dir():
             return datasets.load_dataset(name, data_dir=rest, **options)
         return datasets.load_dataset(name, data_files={split: expand_braces(rest)}, **options)
+    except IndexError as error:  # what the webdataset builder makes of a pattern that matches nothing
+        raise ValueError(f"{spec}: no such file") from error
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{spec}, split {split}: {error}") from error
 

@@ -15,6 +15,7 @@ from perceptual_mae_models.images import ImageError, open_image
 from training.data.readers import open_reader
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.seeding import derive_seed
+from training.run.signals import ignore_in_workers
 
 
 class ImageSource:
@@ -179,6 +180,7 @@ def create_loader(views: RandomViews, sampler: DeterministicBatchSampler, *, wor
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=ignore_in_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,

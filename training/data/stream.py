@@ -23,6 +23,7 @@ from perceptual_mae_models.images import ImageError
 from training.data.hub import image_bytes, load_hub_dataset, without_decoding
 from training.data.images import Batch, RandomView, decode
 from training.run.seeding import derive_seed, generator
+from training.run.signals import ignore_in_workers
 
 STREAM_PREFIX = "hf-stream:"
 MAX_LANES = 8  # per process: the most workers that can serve it, a power of 2
@@ -67,7 +68,11 @@ class ImageStream:
         for rows in self.dataset.shard(self.num_shards, shard).iter(batch_size=ROWS_PER_READ):
             for value in rows[self.column]:
                 name = f"shard {shard}, row {next(row)}"
-                yield f"{name} ({value['path']})" if value and value["path"] else name, image_bytes(value)
+                name = f"{name} ({value['path']})" if value and value["path"] else name
+                try:
+                    yield name, image_bytes(value)
+                except OSError:  # a broken image, and so the end of the run only where they are many
+                    yield name, b""
 
     def preview(self, number: int) -> list[Image.Image]:
         """The first images that decode."""
@@ -208,6 +213,7 @@ def create_stream_loader(views: StreamViews, *, workers: int) -> Iterable[Batch]
         views,
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=ignore_in_workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )

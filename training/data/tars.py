@@ -64,6 +64,8 @@ def read_index(path: Path) -> list[Member]:
                     if kind in REGULAR:
                         members.append(Member(extended.get("path") or _name(header), data, size))
                     extended = {}
+                if size < 0:
+                    raise ValueError("a size that leads backwards")
             except ValueError as error:
                 raise TarError(f"{path}: not an uncompressed .tar, or damaged at byte {position}") from error
             position = data + -(-size // BLOCK) * BLOCK
@@ -95,6 +97,8 @@ def _pax_records(data: bytes) -> dict[str, str]:
     while position < len(data):
         digits = data[position:].split(b" ", 1)[0]
         end = position + int(digits)
+        if end <= position:
+            raise ValueError("a record that does not end")
         key, _, value = data[position + len(digits) + 1 : end - 1].partition(b"=")
         records[_text(key)] = _text(value)
         position = end

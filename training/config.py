@@ -1,0 +1,107 @@
+"""The command line: the recipe decides the result; what is here does not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from training.cost import IMAGENET_IMAGES
+from training.data.feed import Feed
+from training.recipes import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What changes the speed of a run and nothing else."""
+
+    workers: int = 2
+    """Loader processes per training process; 0 loads in the training process."""
+    cache_images: bool = False
+    """Keep decoded images in the memory of every loader process (4 bytes a pixel), for small data sets."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
+    micro_batches: int = 1
+    """Passes a step is cut into on each process; the gradients add up. More passes need less memory."""
+    grad_checkpointing: bool = False
+    """Compute the autoencoder's blocks twice instead of keeping what is inside them: less memory, slower."""
+    compile: bool = False
+    """torch.compile the networks: faster steps after a slow first one; the result differs by float rounding only."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go besides metrics.jsonl; each needs its package."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 1:
+            raise ValueError(f"--micro-batches is {self.micro_batches}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a run reads and writes."""
+
+    data: str | None = None
+    """A folder of images (any nesting), a .tar of them, tar shards ('shards-{000..127}.tar'), a Hugging Face data set
+    (hf:NAME) or a stream of one (hf-stream:NAME)."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    column: str | None = None
+    """Its image column, where it has several."""
+    epoch_images: int | None = None
+    """Images that make an epoch of a stream that does not know its size."""
+    out: Path | None = None
+    """The run folder."""
+    dry_run: bool = False
+    """Print the resolved recipe and what it costs, and stop."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on from the newest checkpoint in --out, or start afresh. no: refuse a folder that holds a run."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep; older ones are deleted."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    grid_every: int = 500
+    """Steps between pictures of reconstructions; 0: none."""
+    max_broken: float = 0.01
+    """Stop when a larger share of the images seen did not decode."""
+
+    def __post_init__(self) -> None:
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"--keep-checkpoints is {self.keep_checkpoints}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What --dry-run assumes."""
+
+    images: int = IMAGENET_IMAGES
+    """Size of the data set where no --data is given; ImageNet-1K's by default."""
+    devices: int = 8
+    """Processes, one a device."""
+    peak_tflops: float = 312.0
+    """A device's matrix-product peak, 10^12 operations a second; an A100's in bf16 by its data sheet."""
+    assumed_utilisation: float = 0.4
+    """Share of that peak that the run reaches; metrics.jsonl and training/benchmark.py say what yours does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole command."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    runtime: tyro.conf.OmitArgPrefixes[Runtime]
+    output: tyro.conf.OmitArgPrefixes[Output]
+    estimate: tyro.conf.OmitArgPrefixes[Estimate]
+
+    @property
+    def places(self) -> tuple[Feed, Path]:
+        """Where images come from and where the run goes.
+
+        Raises:
+            ValueError: If one of them was not given.
+        """
+        data, out = self.output.data, self.output.out
+        if data is None or out is None:
+            raise ValueError("give --data (a folder or .tar of images) and --out (the run folder), or --dry-run")
+        output = self.output
+        return Feed(data, output.split, output.column, output.epoch_images, self.runtime.cache_images), out
