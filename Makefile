@@ -2,6 +2,8 @@
 # PYTHON chooses the interpreter that makes .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Test processes, of one thread each.
+JOBS ?= 2
 
 .PHONY: help demo test lint format clean
 help:
@@ -15,7 +17,7 @@ demo: .venv/.demo
 	$(BIN)/python training/demo.py --out demo.png
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

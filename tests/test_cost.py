@@ -47,7 +47,7 @@ def test_dry_run_derives_its_figures(method: str, capsys: pytest.CaptureFixture[
         assert expected in told
     hours = float(told.split("device hours")[1].split()[0])
     gflop = float(told.split("  all")[1].split()[0])
-    images = int(told.split("steps  ")[1].split()[0]) * 4096
+    images = int(told.rsplit("steps  ", 1)[1].split()[0]) * 4096
     assert hours == pytest.approx(gflop * 1e9 * images / (312e12 * 0.4) / 3600, rel=0.01)
 
 
@@ -65,3 +65,16 @@ def test_kinds_of_step_cover_a_cycle() -> None:
     kinds = kinds_of_step(stylegan2_ada_p("vit_base_patch16_pmae"))
     assert kinds == {0: 1, 1: 12, 4: 3}
     assert kinds_of_step(mae("vit_base_patch16_pmae")) == {0: 1}
+
+
+@pytest.mark.parametrize("model", ["vit_pico_patch8_pmae", "vit_base_patch16_pmae", "vit_large_patch16_pmae"])
+def test_every_method_has_a_recipe_for_every_model(model: str) -> None:
+    for name, method in METHODS.items():
+        recipe = method(model)
+        assert recipe.method == name
+        assert recipe.model == (
+            model if name != "debug" or model != "vit_base_patch16_pmae" else "vit_pico_patch8_pmae"
+        )
+        if model != "vit_pico_patch8_pmae" and name != "debug":
+            assert (recipe.epochs, recipe.batch_size, recipe.blr, recipe.betas) == (300, 4096, 1.5e-4, (0.9, 0.95))
+            assert (recipe.mask_ratio, recipe.decoder_dim, recipe.decoder_depth) == (0.75, 512, 8)

@@ -1,9 +1,12 @@
 """The decoders: known plans, closed forms, and the plain decoder as an oracle for the multi-scale one."""
 
+from importlib import resources
+
 import pytest
 import timm
 import torch
-from torch import Tensor
+from safetensors.torch import load
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder, init_mae_weights
@@ -47,14 +50,19 @@ def test_a_token_makes_half_as_many_pixels_at_each_scale(patch_size: int, factor
 
 @pytest.mark.parametrize(
     ("encoder_depth", "decoder_depth", "indices"),
-    [(12, 8, (10, 9, 8, 7, 6, 5, 4)), (12, 2, (10,)), (12, 1, ()), (12, 4, (10, 7, 4)), (24, 8, (22, 20, 17, 15))],
+    [
+        (12, 8, (10, 9, 8, 7, 6, 5, 4)),
+        (12, 4, (10, 7, 4)),
+        (12, 2, (10,)),
+        (12, 1, ()),
+        (24, 8, (22, 20, 17, 15, 13, 10, 8)),  # 14 / 6 apart
+        (8, 2, (6,)),
+    ],
 )
 def test_skips_run_down_to_a_third_of_the_encoder(
     encoder_depth: int, decoder_depth: int, indices: tuple[int, ...]
 ) -> None:
-    found = skip_indices(encoder_depth, decoder_depth)
-    assert found[: len(indices)] == indices
-    assert len(found) == decoder_depth - 1
+    assert skip_indices(encoder_depth, decoder_depth) == indices
 
 
 def test_skips_exist_at_every_depth() -> None:
@@ -75,6 +83,14 @@ def test_weights_of_the_plain_decoder_keep_their_names() -> None:
     """Embedded weights are loaded by these."""
     names = {name.split(".")[0] for name in Decoder(12, (2, 2), 4, dim=8, depth=1, num_heads=2).state_dict()}
     assert names == {"embed", "mask_token", "blocks", "norm", "pred"}
+
+
+def test_the_embedded_decoder_fits() -> None:
+    file = "pretrained/vit_pico_patch8_pmae.mae_imagenette.decoder.safetensors"
+    embedded = load((resources.files("perceptual_mae_models") / file).read_bytes())
+    decoder = Decoder(192, (8, 8), 8, dim=128, depth=2, num_heads=4)
+    ours = decoder.state_dict()
+    assert {name: tensor.shape for name, tensor in embedded.items()} == {n: t.shape for n, t in ours.items()}
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -104,6 +120,18 @@ def test_the_last_skip_feeds_the_last_block() -> None:
         tokens[n] = torch.stack([embedded[n, 0], *(sequence[place] for place in IDS_RESTORE[n].tolist())])
     expected = ours.pred(ours.norm(ours.blocks[-1](tokens)))[:, 1:]
     torch.testing.assert_close(ours(latent, skips, IDS_RESTORE)[0], expected)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2, 3])
+def test_a_skip_counts_from_the_block_that_it_joins(changed: int) -> None:
+    decoder = multi_scale_decoder(5)
+    assert decoder.taps == (4, 3, 1)
+    latent, skips = inputs(4)
+    before = decoder(latent, skips, IDS_RESTORE)
+    skips[changed] = torch.randn(2, 3, 12)
+    after = decoder(latent, skips, IDS_RESTORE)
+    moved = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+    assert moved == [tap >= changed + 1 for tap in decoder.taps]
 
 
 def test_skips_are_the_blocks_that_the_decoder_names() -> None:
@@ -136,7 +164,8 @@ def test_a_scale_learns_through_the_blocks_up_to_its_own(depth: int) -> None:
     ("image_size", "patch_size", "sizes"),
     [
         ((32, 32), 4, [(32, 32), (16, 16), (8, 8)]),
-        ((32, 32), 8, [(32, 32), (16, 16), (8, 8), (4, 4)]),
+        ((64, 64), 8, [(64, 64), (32, 32), (16, 16), (8, 8)]),
+        ((224, 224), 16, [(224, 224), (112, 112), (56, 56), (28, 28), (14, 14)]),
         ((28, 28), 14, [(28, 28), (14, 14)]),
         ((16, 32), 8, [(16, 32), (8, 16), (4, 8), (2, 4)]),
     ],
@@ -146,6 +175,8 @@ def test_scales_have_the_sizes_of_the_grid_times_a_factor(
 ) -> None:
     network = autoencoder(img_size=image_size, patch_size=patch_size)
     output = network(torch.rand(2, 3, *image_size), torch.rand(2, network.num_patches))
+    sides = [patch_size // 2**scale for scale in range(len(sizes))]
+    assert [tuple(pred.shape) for pred in output.preds] == [(2, network.num_patches, 3 * k * k) for k in sides]
     assert [tuple(image.shape) for image in network.images(output.preds)] == [(2, 3, *size) for size in sizes]
     assert network.num_scales == len(sizes)
     assert output.pred is output.preds[0]
@@ -196,6 +227,25 @@ def test_checkpointing_gives_the_same_second_derivative(multi_scale: bool) -> No
         found.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     assert any(gradient.any() for gradient in found[0])
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_checkpointed_blocks_run_again_and_give_the_same(multi_scale: bool) -> None:
+    network = autoencoder(multi_scale=multi_scale)
+    blocks = [*network.encoder.blocks, *network.decoder.blocks]
+    runs: list[nn.Module] = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, _inputs: runs.append(module))
+    images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
+    found = []
+    for network.grad_checkpointing, times in ((False, 1), (True, 2)):
+        runs.clear()
+        output = network(images, noise)
+        torch.stack([pred.square().mean() for pred in output.preds]).sum().backward()
+        assert [runs.count(block) for block in blocks] == [times] * len(blocks)
+        found.append(output)
+    for plain, again in zip(found[0].preds, found[1].preds, strict=True):
+        assert torch.equal(plain, again)
 
 
 def test_half_precision_is_close_and_gives_images_in_float32() -> None:

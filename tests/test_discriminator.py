@@ -51,6 +51,15 @@ def test_convolution_is_scaled_when_used() -> None:
     torch.testing.assert_close(conv(x), expected)
 
 
+@pytest.mark.parametrize("gain", [1.0, math.sqrt(2)])
+@pytest.mark.parametrize("kernel_size", [1, 4, (2, 5)])
+def test_convolution_of_unit_input_has_the_deviation_asked_for(gain: float, kernel_size: int | tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    conv = EqualisedConv2d(32, 64, kernel_size, gain=gain)
+    with torch.no_grad():
+        assert conv(torch.randn(8, 32, 9, 9)).std().item() == pytest.approx(gain, rel=0.05)
+
+
 def test_activations_neither_grow_nor_shrink_with_depth() -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 64, 8, 8)
@@ -90,6 +99,7 @@ def test_single_scale_maps() -> None:
         ((32, 32), 3, [(4, 16, 16, 16), (4, 24, 8, 8)]),
         ((32, 32), 4, [(4, 16, 16, 16), (4, 24, 8, 8), (4, 24, 4, 4)]),
         ((32, 32), 6, [(4, 16, 16, 16), (4, 24, 8, 8), (4, 24, 4, 4), (4, 24, 2, 2), (4, 24, 1, 1)]),
+        ((64, 64), 4, [(4, 8, 32, 32), (4, 16, 16, 16), (4, 24, 8, 8)]),
         ((28, 28), 2, [(4, 16, 14, 14)]),
         ((16, 32), 3, [(4, 16, 8, 16), (4, 24, 4, 8)]),
         ((32, 32), 1, []),
@@ -100,6 +110,20 @@ def test_multi_scale_maps(size: tuple[int, int], scales: int, shapes: list[tuple
     verdict = network(pyramid(4, scales, size))
     assert [tuple(feature.shape) for feature in verdict.features] == shapes
     assert verdict.logits.shape == (4,)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_number_of_maps_at_the_sizes_of_the_models(size: int) -> None:
+    scales = {64: 4, 224: 5}[size]
+    single, multi = SingleScaleDiscriminator((size, size), 2), MultiScaleDiscriminator((size, size), scales, 128)
+    with torch.no_grad():
+        for network, given, sides in (
+            (single, 1, [size // 2**stage for stage in (1, 2, 3, 4)]),
+            (multi, scales, [size // 2**scale for scale in range(1, scales)]),
+        ):
+            verdict = network(pyramid(2, given, (size, size)), parts=2)
+            assert [feature.shape[-1] for feature in verdict.features] == sides
+            assert verdict.logits.shape == (2,)
 
 
 def test_channels_follow_the_base() -> None:
@@ -150,7 +174,7 @@ def test_every_parameter_counts_where_the_pyramid_ends_late(scales: int) -> None
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("n", [8, 6, 2, 1])
+@pytest.mark.parametrize("n", [8, 6, 4, 3, 2, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_joined_pass_equals_separate_ones(kind: str, n: int) -> None:
     network, scales = build(kind)
@@ -203,7 +227,7 @@ def test_penalty_on_the_slope_has_the_gradient_of_finite_differences(kind: str) 
 
 
 def test_penalty_passes_through_the_statistic_of_a_group() -> None:
-    """Of two images at a and -a the statistic is a; its square has the slope (a, -a) and that the squared norm 2 a^2."""
+    """Of images at a and -a the statistic is a; its square has the slope (a, -a), and that the squared norm 2 a^2."""
     a = torch.tensor(3.0, requires_grad=True)
     images = torch.stack([a, -a]).view(2, 1, 1, 1)
     statistic = minibatch_stddev(images, 2)[0, 1, 0, 0]

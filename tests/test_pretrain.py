@@ -26,7 +26,9 @@ TINY = (
 
 
 def command(*arguments: object, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
     return [sys.executable, *launcher, str(ROOT / "training" / "pretrain.py"), *map(str, arguments)]
 
 

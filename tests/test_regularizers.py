@@ -1,6 +1,7 @@
 """Penalties and weights that are made of derivatives, against closed forms and finite differences."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from training.losses.regularizers import (
     r1_penalty,
     update_mean_length,
 )
+from training.penalties import penalties
+from training.recipes import AdversarialRecipe
 
 Pyramid = tuple[Tensor, ...]
 SIZES = (4, 2)
@@ -275,6 +278,25 @@ def test_penalties_are_float32_under_autocast_and_run_under_no_grad() -> None:
         assert torch.equal(penalties(), expected)
     with torch.no_grad():
         assert torch.equal(penalties(), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "due"),
+    [
+        ({}, {}),
+        ({"r1_gamma": 1.0, "r1_every": 8}, {"r1": 8}),
+        ({"path_weight": 2.0, "path_every": 3}, {"path_length": 3}),
+        ({"adversarial_loss": "wgan_gp"}, {"gradient_penalty": 1}),
+        (
+            {"adversarial_loss": "wgan_gp", "r1_gamma": 1.0, "path_weight": 2.0},
+            {"path_length": 4, "r1": 16, "gradient_penalty": 1},
+        ),
+    ],
+)
+def test_a_recipe_uses_the_penalties_it_weighs(changes: dict[str, Any], due: dict[str, int]) -> None:
+    table = penalties(AdversarialRecipe(method="test", norm_pix_loss=False, **changes))
+    assert {penalty.name: penalty.every for penalty in table if penalty.every} == due
+    assert {penalty.name for penalty in table if penalty.of == "autoencoder"} == {"path_length"}
 
 
 def test_lazy_settings_are_stylegan2s() -> None:

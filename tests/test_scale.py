@@ -35,7 +35,7 @@ MACHINE = Assumptions(
 def test_compute_decides_where_nothing_else_costs() -> None:
     for gpus in (8, 64):
         seconds, bottleneck = scale.step_seconds(COUNTS, gpus, MACHINE, streamed=False)
-        assert seconds == pytest.approx(BATCH / gpus / 1000, rel=1e-5)
+        assert seconds == pytest.approx(BATCH / gpus / 1000, rel=1e-4)
         assert bottleneck == "compute"
 
 
@@ -98,7 +98,8 @@ def test_drawn_failures_agree_with_the_exact_expectation_when_they_are_not() -> 
     # uptimes are exponential, so the whole intervals in one are geometric
     exact = 1 - interval / ((mtbf + restart) * math.expm1((interval + write) / mtbf))
     assert scale.simulate_lost_share(write, interval, restart, mtbf, failures=100_000) == pytest.approx(exact, abs=0.01)
-    assert scale.lost_share(write, interval, restart, mtbf) < exact - 0.05
+    # to first order a failure always costs half an interval more, though the run had less to lose
+    assert scale.lost_share(write, interval, restart, mtbf) > exact + 0.05
 
 
 def test_a_run_survives_up_to_the_tolerable_loss() -> None:

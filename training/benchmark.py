@@ -276,7 +276,7 @@ def compare_processes(options: Options) -> dict[str, Any]:
     arguments = ["--methods", *options.methods, "--model", options.model, "--batch-size", str(options.batch_size)]
     arguments += ["--precision", options.precision, "--device", "cpu", "--rounds", "3", "--no-memory"]
     arguments += ["--compile"] if options.compile else []
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
     for _ in range(options.rounds):
         for name, launch, threads in zip(speeds, ([], launcher), (options.processes, 1), strict=True):
             with tempfile.TemporaryDirectory() as folder:

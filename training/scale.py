@@ -4,8 +4,8 @@
     python training/scale.py --counted training/SCALE.md                   # takes the counts from an older report
     python training/scale.py --gpu-peak-tflops 989 --cores-per-node 192    # what if?
 
-Arithmetic, parameters and checkpoint bytes are counted on the real networks; everything of `Assumptions` is an
-assumption unless it says that it was measured. training/SCALE.md holds the output for the defaults.
+Arithmetic, parameters and checkpoint bytes are counted on the real networks; `Assumptions` are assumed unless they
+say measured. training/SCALE.md holds the output for the defaults and what it means.
 """
 
 import dataclasses
@@ -187,7 +187,7 @@ def survivable_mtbf(write: float, interval: float, restart: float, tolerable: fl
 def simulate_lost_share(
     write: float, interval: float, restart: float, mtbf: float, *, failures: int = 20_000, seed: int = 0
 ) -> float:
-    """As `lost_share`, by drawing failures; exact but that nothing fails during a restart."""
+    """By drawing failures what `lost_share` approximates; nothing fails during a restart."""
     draw = random.Random(seed)
     useful = spent = 0.0
     for _ in range(failures):
@@ -280,8 +280,7 @@ def saturation(costs: Counts, a: Assumptions) -> tuple[float, float, float]:
 
 def table_of_saturation(costs: Costs, a: Assumptions) -> str:
     """`saturation`, and how many GPUs the loader cores of a node feed, now and three times as fast."""
-    free = a.cores_per_node - a.gpus_per_node
-    rows = []
+    free, rows = a.cores_per_node - a.gpus_per_node, []
     for key, c in costs.items():
         cores, fixed, reduce = saturation(c, a)
         streams = "yes" if cores <= min(MAX_LANES, free / a.gpus_per_node) else "no"
@@ -337,10 +336,8 @@ def main(
         counted: Take the counts from this report instead of counting.
         into: Also put the tables into this document, between its two markers.
     """
-    if counted:
-        costs = read_counts(counted.read_text())
-    else:
-        costs = {(size, method): count(METHODS[method](ENCODERS[size])) for size in RUNS for method in RUNS[size]}
+    keys = [(size, method) for size in RUNS for method in RUNS[size]]
+    costs = read_counts(counted.read_text()) if counted else {k: count(METHODS[k[1]](ENCODERS[k[0]])) for k in keys}
     tables = report(costs, assumptions)
     print(tables)
     if into:
