@@ -7,10 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional import image as torchmetrics
 
 from training.losses.adversarial import ADVERSARIAL_LOSSES
 from training.losses.perceptual import feature_matching, gram, style_matching
@@ -87,7 +84,7 @@ def test_ssim_l1_equals_statistics_of_single_boxes() -> None:
 def test_ssim_map_equals_torchmetrics() -> None:
     target = photograph_like((40, 31))
     pred = target + 0.2 * torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    _, theirs = structural_similarity_index_measure(
+    _, theirs = torchmetrics.structural_similarity_index_measure(
         pred.double(), target.double(), data_range=1.0, return_full_image=True
     )
     ours = ssim_map(pred, target)
@@ -102,26 +99,18 @@ def ms_ssim_from_torchmetrics(pred: Tensor, target: Tensor, weights: list[float]
     """
     pred, target, result = pred.double(), target.double(), torch.ones(len(pred), dtype=torch.float64)
     for weight in weights[:-1]:
-        _, contrast = structural_similarity_index_measure(
+        _, contrast = torchmetrics.structural_similarity_index_measure(
             pred, target, data_range=1.0, reduction="none", return_contrast_sensitivity=True
         )
         result = result * contrast.relu() ** weight
         pred, target = F.avg_pool2d(pred, 2), F.avg_pool2d(target, 2)
-    _, full = structural_similarity_index_measure(pred, target, data_range=1.0, return_full_image=True)
+    _, full = torchmetrics.structural_similarity_index_measure(pred, target, data_range=1.0, return_full_image=True)
     return (result * full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3)).relu() ** weights[-1]).mean()
 
 
 @pytest.mark.parametrize(
     ("side", "num_scales", "noise"),
-    [
-        (176, 5, 0.5),
-        (175, 4, 0.05),
-        ((48, 90), 3, 0.05),
-        ((48, 90), 3, 0.5),
-        (32, 2, 0.05),
-        (21, 1, 0.05),
-        (11, 1, 0.05),
-    ],
+    [(176, 5, 0.5), (175, 4, 0.05), ((48, 90), 3, 0.05), ((48, 90), 3, 0.5), (22, 2, 0.05), (21, 1, 0.05)],
 )
 def test_ms_ssim_equals_torchmetrics(side: int | tuple[int, int], num_scales: int, noise: float) -> None:
     target = photograph_like(side)
@@ -136,7 +125,7 @@ def test_ms_ssim_is_torchmetrics_own_up_to_the_padded_border(side: int, num_scal
     target = photograph_like(side)
     pred = target + 0.05 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
     kept = MS_SSIM_WEIGHTS[:num_scales]
-    theirs = multiscale_structural_similarity_index_measure(
+    theirs = torchmetrics.multiscale_structural_similarity_index_measure(
         pred, target, data_range=1.0, betas=tuple(weight / sum(kept) for weight in kept)
     )
     assert ms_ssim(pred, target).item() == pytest.approx(theirs.item(), abs=2e-4)
@@ -188,9 +177,8 @@ def test_a_negative_of_the_image_is_far_away_and_gives_finite_gradients(loss: Lo
     target = photograph_like(48)
     pred = (1 - target).requires_grad_()
     value = loss(pred, target)
-    value.backward()
-    assert pred.grad is not None
-    assert pred.grad.isfinite().all()
+    (gradient,) = torch.autograd.grad(value, pred)
+    assert gradient.isfinite().all()
     assert value == 0 if loss is ms_ssim else value > 0.99
 
 
@@ -199,10 +187,9 @@ def test_a_negative_of_the_image_is_far_away_and_gives_finite_gradients(loss: Lo
 def test_predictions_outside_the_range_give_finite_gradients(loss: Loss, offset: float) -> None:
     target = photograph_like(32)
     target[0] = 1.0  # a flat image has the least to divide by
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     for texture in (0.0, 0.01, 5.0):
-        pred = (
-            offset + texture * torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-        ).requires_grad_()
+        pred = (offset + texture * noise).requires_grad_()
         value = loss(pred, target)
         value.backward()
         assert value >= 0

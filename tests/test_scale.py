@@ -9,7 +9,7 @@ import torch
 
 from training import scale
 from training.draws import draw
-from training.recipes import METHODS, debug, mae
+from training.recipes import debug, mae
 from training.run.checkpoint import save_checkpoint
 from training.scale import BATCH, Assumptions, Counts, Data
 from training.step import training_step
@@ -136,12 +136,12 @@ def test_document_holds_what_the_script_prints() -> None:
     assert rest.partition(scale.END)[0].strip() == scale.report(costs, Assumptions())
 
 
+def test_report_without_counts_is_refused() -> None:
+    with pytest.raises(ValueError, match="Counted"):
+        scale.read_counts("| B | mae |")
+
+
 def test_document_counts_what_the_code_does() -> None:
+    # the other recipes take up to half a minute of a core each; tests/test_cost.py tests the counting itself
     counted = scale.read_counts(DOCUMENT.read_text())["B", "mae"]
     assert scale.count(mae(scale.ENCODERS["B"])) == counted
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "method"), [("B", "stylegan2_ada_p")])
-def test_document_counts_what_the_dearest_method_does(size: str, method: str) -> None:
-    assert scale.count(METHODS[method](scale.ENCODERS[size])) == scale.read_counts(DOCUMENT.read_text())[size, method]

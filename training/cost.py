@@ -54,7 +54,7 @@ def measure_cost(recipe: Recipe) -> Cost:
     """
     recipe = _without_timm_phi(recipe)
     _, activation_bytes = _count_pass(_without_lazy_terms(recipe), fused=True)
-    with _fake_team(recipe) as team:
+    with fake_team(recipe) as team:
         networks: dict[str, nn.Module] = {
             "encoder": team.network.encoder,
             "decoder": team.network.decoder,
@@ -128,7 +128,7 @@ def describe(recipe: Recipe, *, num_images: int, per_device: int, peak_tflops: f
 
 
 @contextmanager
-def _fake_team(recipe: Recipe) -> Iterator[Team]:
+def fake_team(recipe: Recipe) -> Iterator[Team]:
     """A team of shapes without content, in the mode that computes with such."""
     with torch.device("meta"):
         encoder = create_encoder(recipe)
@@ -152,7 +152,7 @@ def _count_pass(recipe: Recipe, *, fused: bool = False) -> tuple[dict[str, float
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with _fake_team(recipe) as team, _FlopCounter() as counter, attention:
+    with fake_team(recipe) as team, _FlopCounter() as counter, attention:
         images = torch.zeros(_SAMPLES, 3, *team.network.image_size)
         draws = draw(recipe, 0, team.network, slice(0, _SAMPLES))
 

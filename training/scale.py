@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
-from training.cost import IMAGENET_IMAGES, _fake_team, count_gflop
+from training.cost import IMAGENET_IMAGES, fake_team, count_gflop
 from training.data.stream import MAX_LANES
 from training.recipes import METHODS, Recipe
 
@@ -117,7 +117,7 @@ def count(recipe: Recipe) -> Counts:
 
 def count_tensors(recipe: Recipe) -> tuple[int, int, int]:
     """Numbers that learn; bytes of a checkpoint (all modules, two Adam moments); the same with an average."""
-    with _fake_team(replace(recipe, ema_decay=None)) as team:
+    with fake_team(replace(recipe, ema_decay=None)) as team:
         groups = [group for optimizer in team.optimizers().values() for group in optimizer.param_groups]
         learned = [p for group in groups for p in group["params"] if p.requires_grad]
         states = {name: sum(t.nbytes for t in m.state_dict().values()) for name, m in team.modules().items()}
@@ -225,15 +225,17 @@ def table_of_counts(costs: Costs) -> str:
 
 
 def read_counts(report: str) -> Costs:
-    """The counts of an older report, exactly."""
+    """The counts of an older report, exactly; a ValueError if it has none."""
     costs = {}
-    for line in report.splitlines():
+    for line in report.partition("### Counted")[2].partition("###")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 8 and cells[0] in RUNS:
+        if cells[0] in RUNS:
             parts = [part.rsplit(" ", 1) for part in cells[3].split(", ")]
             learned, checkpoint, with_ema = (int(cells[i].replace(",", "")) for i in (4, 6, 7))
             gflop = {name: float(value) for name, value in parts}
             costs[cells[0], cells[1]] = Counts(gflop, learned, checkpoint, with_ema)
+    if not costs:
+        raise ValueError("no table under '### Counted'")
     return costs
 
 
