@@ -280,7 +280,6 @@ def test_matching_teaches_the_fake_side_only(
 
 # the game
 
-
 REAL, FAKE = torch.tensor([0.0, 2.0]), torch.tensor([-3.0, 0.5])
 
 
