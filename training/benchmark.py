@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -248,11 +247,17 @@ def _measure_memory(method: str, options: Options, cuda: bool) -> float:
         for step in contestant.kinds:
             contestant.run(step)
         return torch.cuda.max_memory_allocated() / 2**20
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    before = _resident_mb("VmRSS")
     contestant = Contestant(method, options, torch.device("cpu"))
     for step in contestant.kinds:
         contestant.run(step)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
+    return _resident_mb("VmHWM") - before
+
+
+def _resident_mb(field: str) -> float:
+    # not getrusage: its maximum is inherited from the process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 
 
 def describe_machine(device: torch.device, peak: float, options: Options) -> dict[str, Any]:
