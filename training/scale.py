@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
-from training.cost import IMAGENET_IMAGES, fake_team, count_gflop
+from training.cost import IMAGENET_IMAGES, count_gflop, fake_team
 from training.data.stream import MAX_LANES
 from training.recipes import METHODS, Recipe
 
