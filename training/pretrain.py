@@ -147,6 +147,9 @@ def optimise(
     network.grad_checkpointing = runtime.grad_checkpointing
     players = [team.player, *([team.adversary.player] if team.adversary else [])]
     schedulers = [create_scheduler(player.optimizer, recipe, total_steps) for player in players]
+    if getattr(recipe, "adaptive_weight", False):
+        # the weight takes a gradient of its own through the compiled graph, which may not give its buffers away then
+        torch._functorch.config.donated_buffer = False
     for player in players:
         player.prepare(accelerator.prepare_model, compiled=runtime.compile)
     team.reduce_sum = lambda value: accelerator.reduce(value, reduction="sum")
