@@ -187,6 +187,14 @@ def test_penalties_run_when_due_and_count_for_their_interval() -> None:
     assert skipped.keys() == due.keys()
 
 
+def test_penalties_in_two_passes_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    two, scalars = gradients_of_step(tiny("stylegan2_ada_p"), 2)
+    monkeypatch.setattr("training.penalties.STDDEV_GROUP", 8)  # eight images are not two passes of eight
+    one, whole = gradients_of_step(tiny("stylegan2_ada_p"), 2)
+    assert_same_gradients(one, two)
+    torch.testing.assert_close(scalars["loss_d/r1"], whole["loss_d/r1"])
+
+
 def test_path_length_spares_the_encoder_unless_told() -> None:
     weights = {"r1_gamma": 0.0, "path_every": 2}
     off, _ = gradients_of_step(tiny("stylegan2_ada_p", path_weight=0.0, **weights), 2)

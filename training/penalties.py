@@ -4,7 +4,7 @@ All of them need a second derivative. They run eagerly on the bare networks, bef
 averages the gradients: what they leave in `.grad` is averaged with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.draws import Draws
 from training.losses.regularizers import gradient_penalty, path_length_penalty, path_lengths, r1_penalty
 from training.networks.autoencoder import MaskedAutoencoder, random_masking
+from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import AdversarialRecipe
 from training.team import Adversary, Pyramid, autocast
 
@@ -28,6 +29,12 @@ class Scene(NamedTuple):
     fake: Pyramid
     """The rebuilt images, detached; empty before the autoencoder's pass."""
 
+    def split(self, parts: int) -> Iterator["Scene"]:
+        """Cut into equal parts."""
+        for part, draws in enumerate(self.draws.split(parts)):
+            real, fake = (tuple(x.chunk(parts)[part] for x in pyramid) for pyramid in (self.real, self.fake))
+            yield Scene(self.images.chunk(parts)[part], draws, real, fake)
+
 
 class Penalty(NamedTuple):
     """A regulariser of one player."""
@@ -37,6 +44,8 @@ class Penalty(NamedTuple):
     every: int
     """Steps between two uses, each of which counts that many times; 0: never."""
     loss: Callable[[MaskedAutoencoder, Adversary, Scene], Tensor]
+    parts: int = 1
+    """Passes to cut it into, where they stay multiples of the statistic's group: second derivatives need memory."""
 
 
 def penalties(recipe: AdversarialRecipe) -> tuple[Penalty, ...]:
@@ -44,8 +53,8 @@ def penalties(recipe: AdversarialRecipe) -> tuple[Penalty, ...]:
     wgan = recipe.adversarial_loss == "wgan_gp"
     return (
         Penalty("path_length", "autoencoder", recipe.path_every if recipe.path_weight else 0, path_length),
-        Penalty("r1", "discriminator", recipe.r1_every if recipe.r1_gamma else 0, r1),
-        Penalty("gradient_penalty", "discriminator", 1 if wgan else 0, wasserstein_gradient),
+        Penalty("r1", "discriminator", recipe.r1_every if recipe.r1_gamma else 0, r1, parts=2),
+        Penalty("gradient_penalty", "discriminator", 1 if wgan else 0, wasserstein_gradient, parts=2),
     )
 
 
@@ -69,10 +78,14 @@ def penalise(
     measured = {}
     for penalty in penalties(adversary.recipe):
         if penalty.of == of and penalty.every and step % penalty.every == 0:
-            with sdpa_kernel(SDPBackend.MATH):  # in the backward pass too, where checkpointed blocks run again
-                value = penalty.loss(network, adversary, scene)
-                (value * (penalty.every * scale)).backward()
-            measured[f"{key}/{penalty.name}"] = value
+            parts = penalty.parts if len(scene.images) % (penalty.parts * STDDEV_GROUP) == 0 else 1
+            values = []
+            for part in scene.split(parts):
+                with sdpa_kernel(SDPBackend.MATH):  # in the backward pass too, where checkpointed blocks run again
+                    value = penalty.loss(network, adversary, part)
+                    (value * (penalty.every * scale / parts)).backward()
+                values.append(value.detach())
+            measured[f"{key}/{penalty.name}"] = torch.stack(values).mean()
     return measured
 
 
