@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from perceptual_mae_models.features import FeatureExtractor
 from training import demo
-from training.step import mae_loss
+from training.step import reconstruction_loss
 from training.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def test_the_embedded_decoder_rebuilds_better_than_nothing() -> None:
     noise = torch.rand(len(images), network.num_patches, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         output = network.eval()(images, noise)
-    loss = mae_loss(output, images, network, norm_pix_loss=True)["reconstruction"].item()
+    loss = reconstruction_loss(output, images, network, recipe).item()
     assert loss < 0.85
 
 
