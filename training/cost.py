@@ -5,6 +5,7 @@ counted within seconds and without its memory.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,6 +67,7 @@ def measure_cost(recipe: Recipe) -> Cost:
     return Cost(count_gflop(recipe), activation_bytes, parameters, 4 * (4 * learned + averaged))
 
 
+@functools.cache
 def count_gflop(recipe: Recipe) -> dict[str, float]:
     """10^9 floating point operations an image and step, by part; see `Cost`."""
     recipe = _without_timm_phi(recipe)
