@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +96,6 @@ class Contestant:
         self.kinds = kinds_of_step(self.recipe)
         self.run = self._baseline(device) if method == BASELINE else self._ours(options, device)
         self.seconds: dict[int, list[float]] = {step: [] for step in self.kinds}
-        self.shares: dict[str, float] = {}
 
     def _ours(self, options: Options, device: torch.device) -> Callable[[int], None]:
         team = create_team(self.recipe, device)
@@ -328,11 +326,9 @@ def main(options: Options) -> None:
         measured = compare_processes(options)
         print(json.dumps(measured, indent=2))
     else:
-        distributed: AbstractContextManager[Any] = nullcontext()
         if "WORLD_SIZE" in os.environ:
             torch.distributed.init_process_group("gloo")
-        with distributed:
-            measured = measure(options)
+        measured = measure(options)
         if int(os.environ.get("RANK", 0)):
             return
         print(show(measured))

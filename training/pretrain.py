@@ -62,7 +62,7 @@ def check_batch(recipe: Recipe, runtime: Runtime, num_processes: int) -> None:
     if recipe.batch_size % multiple:
         raise ValueError(
             f"--batch-size {recipe.batch_size} must be a multiple of {multiple} for {num_processes} process(es), "
-            f"--micro-batches {runtime.micro_batches} and --method {recipe.method}"
+            f"--micro-batches {runtime.micro_batches} and {recipe.method}"
         )
     if getattr(recipe, "adaptive_weight", False) and runtime.micro_batches > 1:
         raise ValueError("--adaptive-weight compares gradients of whole batches: leave --micro-batches at 1")
@@ -144,16 +144,8 @@ def optimise(
     )
     local = recipe.batch_size // world_size
     share = slice(rank * local, (rank + 1) * local)  # this process's part of a global batch
-    network.grad_checkpointing = runtime.grad_checkpointing
-    players = [team.player, *([team.adversary.player] if team.adversary else [])]
-    schedulers = [create_scheduler(player.optimizer, recipe, total_steps) for player in players]
-    if getattr(recipe, "adaptive_weight", False):
-        # the weight takes a gradient of its own through the compiled graph, which may not give its buffers away then
-        torch._functorch.config.donated_buffer = False
-    for player in players:
-        player.prepare(accelerator.prepare_model, compiled=runtime.compile)
-    team.reduce_sum = lambda value: accelerator.reduce(value, reduction="sum")
-    team.reduce_mean = lambda value: accelerator.reduce(value, reduction="mean")
+    schedulers = [create_scheduler(optimizer, recipe, total_steps) for optimizer in team.optimizers().values()]
+    distribute(team, accelerator, runtime)
     refresh_every = phi_refresh_steps(recipe, num_images(source))
     grid, clock = FixedGrid(preview(source, 8), network, recipe), StepClock(device)
     record = RunRecord(
@@ -191,6 +183,18 @@ def optimise(
                 raise Interrupted(f"{name} after step {record.step}: go on with --resume auto")
             clock.mark("record")
     return record.close()
+
+
+def distribute(team: Team, accelerator: Accelerator, runtime: Runtime) -> None:
+    """Have the team's passes go through compiled and distributed networks, and its sums over all processes."""
+    team.network.grad_checkpointing = runtime.grad_checkpointing
+    if getattr(team.recipe, "adaptive_weight", False):
+        # the weight takes a gradient of its own through the compiled graph, which may not give its buffers away then
+        torch._functorch.config.donated_buffer = False
+    for player in (team.player, *([team.adversary.player] if team.adversary else [])):
+        player.prepare(accelerator.prepare_model, compiled=runtime.compile)
+    team.reduce_sum = lambda value: accelerator.reduce(value, reduction="sum")
+    team.reduce_mean = lambda value: accelerator.reduce(value, reduction="mean")
 
 
 def peak_share(recipe: Recipe, accelerator: Accelerator) -> float:

@@ -17,7 +17,7 @@ The order inside a step is what makes it right and cheap:
 6. Only then both optimisers step, so that phi(I) and phi(G(I_m)) come from the same weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -177,8 +177,8 @@ def generator_terms(
     output: Reconstruction,
     images: Tensor,
     logits: Tensor,
-    fake_features: Iterable[Tensor],
-    real_features: Iterable[Tensor],
+    fake_features: Sequence[Tensor],
+    real_features: Sequence[Tensor],
 ) -> Terms:
     """L_G of the adversarial methods.
 
@@ -192,7 +192,6 @@ def generator_terms(
         real_features: phi of the images.
     """
     recipe, network = adversary.recipe, team.network
-    fake_features, real_features = tuple(fake_features), tuple(real_features)
     reconstruction = reconstruction_loss(output, images, network, recipe)
     adversarial = ADVERSARIAL_LOSSES[recipe.adversarial_loss].g_loss(logits.float())
     weight: float | Tensor = recipe.adversarial_weight

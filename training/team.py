@@ -17,11 +17,12 @@ from training.ada import AdaController, augment
 from training.draws import Draws
 from training.losses.adversarial import ADVERSARIAL_LOSSES
 from training.losses.regularizers import lazy_optimizer_settings
-from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder, init_mae_weights
+from training.networks.autoencoder import MaskedAutoencoder, init_mae_weights
 from training.networks.discriminator import MultiScaleDiscriminator, SingleScaleDiscriminator
 from training.phi import SnapshotPhi, TimmPhi, create_phi
 from training.recipes import AdversarialRecipe, Recipe
 from training.run.seeding import derive_seed
+from training.weights import build_from_recipe
 
 Pyramid = tuple[Tensor, ...]
 """The same images at every scale, fine to coarse: (N, 3, h, w) float32, [0, 1] where they are real."""
@@ -203,14 +204,7 @@ def create_team(recipe: Recipe, device: torch.device, *, encoder: nn.Module | No
 
 
 def _create_autoencoder(recipe: Recipe, encoder: nn.Module, device: torch.device) -> Player:
-    network = build_autoencoder(
-        encoder,
-        decoder_dim=recipe.decoder_dim,
-        decoder_depth=recipe.decoder_depth,
-        decoder_heads=recipe.decoder_heads,
-        mask_ratio=recipe.mask_ratio,
-        multi_scale=recipe.multi_scale,
-    )
+    network = build_from_recipe(encoder, recipe)
     init_mae_weights(network)
     _move(network, device)
     groups = param_groups_weight_decay(

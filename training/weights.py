@@ -14,6 +14,22 @@ from training.recipes import Recipe, recipe_from_json
 from training.run.checkpoint import write_atomically
 
 
+def build_from_recipe(encoder: nn.Module, recipe: Recipe) -> MaskedAutoencoder:
+    """Put the recipe's decoder, fresh, behind an encoder.
+
+    Raises:
+        ValueError: If the encoder is no ViT that can be masked.
+    """
+    return build_autoencoder(
+        encoder,
+        decoder_dim=recipe.decoder_dim,
+        decoder_depth=recipe.decoder_depth,
+        decoder_heads=recipe.decoder_heads,
+        mask_ratio=recipe.mask_ratio,
+        multi_scale=recipe.multi_scale,
+    )
+
+
 def save_run_weights(out: Path, network: MaskedAutoencoder, recipe: Recipe, progress: dict[str, Any]) -> None:
     """Write `encoder.safetensors` and `decoder.safetensors` into a run folder.
 
@@ -40,13 +56,6 @@ def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAuto
     """
     with safe_open(decoder_file, framework="pt") as file:
         recipe = recipe_from_json(json.loads(file.metadata()["recipe"]))
-    network = build_autoencoder(
-        encoder,
-        decoder_dim=recipe.decoder_dim,
-        decoder_depth=recipe.decoder_depth,
-        decoder_heads=recipe.decoder_heads,
-        mask_ratio=recipe.mask_ratio,
-        multi_scale=recipe.multi_scale,
-    )
+    network = build_from_recipe(encoder, recipe)
     network.decoder.load_state_dict(load_file(decoder_file))
     return network, recipe
