@@ -1,19 +1,15 @@
 """Whole runs of the adversarial methods: killed, interrupted, resumed, on two processes, with other runtime options."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pretrain import ROOT, command, environment, losses, metrics, run, run_here
+from test_pretrain import fail_here, kill_after, losses, metrics, run, run_here
 
-from training import pretrain
 from training.run.signals import EXIT_INTERRUPTED
 
 FIVE = ("mae", "ms_ssim", "ls_gan_p", "msg_gan_p", "stylegan2_ada_p")
@@ -56,7 +52,7 @@ def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an undisturbed run of every method."""
     folder = tmp_path_factory.mktemp("methods")
     for method in FIVE:
-        pretrain.main(arguments(method, photos, folder / method))
+        run_here(*arguments(method, photos, folder / method))
     return folder
 
 
@@ -66,15 +62,8 @@ def test_killed_at_some_step_and_resumed_ends_bit_equal(
 ) -> None:
     out = tmp_path / "killed"
     told = [*arguments(method, photos, out), "--resume", "auto"]
-    process = subprocess.Popen(command(*told), env=environment(torch.get_num_threads()), cwd=ROOT)
-    deadline = time.monotonic() + 200
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
-        assert process.poll() is None, "finished before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    pretrain.main(told)
+    kill_after(out, 3, told)
+    run_here(*told)
     assert_same_checkpoints(out, straight / method)
     assert losses(out) == losses(straight / method)
 
@@ -85,26 +74,14 @@ def test_a_signal_writes_a_checkpoint_and_leaves_with_its_own_code(
 ) -> None:
     out = tmp_path / "interrupted"
     told = [*arguments("ls_gan_p", photos, out), "--resume", "auto", "--checkpoint-every", "1000", "--workers", "1"]
-    process = subprocess.Popen(
-        command(*told),
-        env=environment(torch.get_num_threads()),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.002)
-    os.killpg(process.pid, number)  # the loader's workers too, as a terminal or a launcher does
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == EXIT_INTERRUPTED, said
+    code, said = kill_after(out, 1, told, number)
+    assert code == EXIT_INTERRUPTED, said
     assert number.name in said
     assert "--resume auto" in said
     assert "Traceback" not in said
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert 1 <= int(checkpoint.name.removeprefix("step_")) < 5
-    pretrain.main(told)
+    run_here(*told)
     assert_same_checkpoints(out, straight / "ls_gan_p")
 
 
@@ -116,7 +93,7 @@ def test_a_signal_writes_a_checkpoint_and_leaves_with_its_own_code(
 def test_runtime_options_do_not_change_the_losses(
     options: tuple[str, ...], photos: Path, straight: Path, tmp_path: Path
 ) -> None:
-    pretrain.main([*arguments("stylegan2_ada_p", photos, tmp_path / "out"), *options])
+    run_here(*arguments("stylegan2_ada_p", photos, tmp_path / "out"), *options)
     for one, other in zip(metrics(straight / "stylegan2_ada_p"), metrics(tmp_path / "out"), strict=True):
         for name in (key for key in one if key.startswith(("loss", "logits", "ada", "path"))):
             assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
@@ -155,7 +132,7 @@ def test_a_run_says_what_happened(straight: Path) -> None:
 
 
 def test_a_non_finite_term_stops_the_run_by_name(photos: Path, tmp_path: Path) -> None:
-    said = run_here(*arguments("stylegan2_ada_p", photos, tmp_path / "out"), "--r1-gamma", "1e41")
+    said = fail_here(*arguments("stylegan2_ada_p", photos, tmp_path / "out"), "--r1-gamma", "1e41")
     assert "loss_d/r1" in said
     assert "became non-finite" in said
     assert not (tmp_path / "out" / "encoder.safetensors").exists()
@@ -177,25 +154,24 @@ def test_wrong_adversarial_flags_stop_before_training(
     change: tuple[str, ...], message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = [*arguments("ls_gan_p", photos, tmp_path / "out"), *change]
-    said = run_here(*told) + capsys.readouterr().err
+    said = fail_here(*told) + capsys.readouterr().err
     assert message in " ".join(said.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flag_of_another_method_is_refused(photos: Path, tmp_path: Path) -> None:
-    finished = run(*arguments("mae", photos, tmp_path / "out", "--r1-gamma", "1"))
-    assert finished.returncode != 0
-    assert "--r1-gamma" in finished.stderr + finished.stdout
+def test_a_flag_of_another_method_is_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fail_here(*arguments("mae", photos, tmp_path / "out", "--r1-gamma", "1")) + capsys.readouterr().err
+    assert "--r1-gamma" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_metrics_reach_tensorboard(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    pretrain.main([*arguments("mae", photos, tmp_path / "out"), "--track", "tensorboard"])
+    run_here(*arguments("mae", photos, tmp_path / "out"), "--track", "tensorboard")
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
 def test_the_debug_recipe_runs_every_term(photos: Path, tmp_path: Path) -> None:
     told = ["debug", "--data", str(photos), "--out", str(tmp_path / "out"), "--device", "cpu", "--log-every", "1"]
-    pretrain.main(told)
+    run_here(*told)
     assert len(metrics(tmp_path / "out")) == json.loads((tmp_path / "out" / "recipe.json").read_text())["total_steps"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,15 @@ def command(*arguments: object, processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "training" / "pretrain.py"), *map(str, arguments)]
 
 
-def environment(threads: int = 1) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
+def environment(processes: int = 1) -> dict[str, str]:
+    """As many threads as here, for the same bits."""
+    return {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)), "COLUMNS": "200"}
 
 
 def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments, processes=processes),
-        env=environment(),
+        env=environment(processes),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -47,12 +49,34 @@ def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[s
     )
 
 
-def run_here(*arguments: object) -> str:
-    """The same command in this process, for runs that end with a message; returns it."""
+def run_here(*arguments: object) -> None:
+    """The same command in this process, which has imported everything already."""
+    pretrain.main([str(argument) for argument in arguments])
+
+
+def fail_here(*arguments: object) -> str:
+    """The same for a command that ends with a message; returns it."""
     with pytest.raises(SystemExit) as ended:
-        pretrain.main([str(argument) for argument in arguments])
+        run_here(*arguments)
     assert ended.value.code not in (None, 0)
     return str(ended.value.code)
+
+
+def kill_after(
+    out: Path, lines: int, arguments: Sequence[object], number: signal.Signals = signal.SIGKILL
+) -> tuple[int, str]:
+    """Start a run in a process of its own and signal it once it has logged; returns its exit code and words."""
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < lines:
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, number)  # the loader's workers too, as a terminal or a launcher does
+    _, said = process.communicate(timeout=100)
+    return process.returncode, said
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -118,19 +142,10 @@ def test_killed_and_resumed_ends_bit_equal(photos: Path, straight: Path, tmp_pat
     out = tmp_path / "killed"
     arguments = ("mae", "--data", photos, "--out", out, *TINY, "--steps", 8, "--ema-decay", 0.9)
     arguments = (*arguments, "--grid-every", 4, "--checkpoint-every", 2, "--resume", "auto")
-    process = subprocess.Popen(command(*arguments), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    # killed as soon as the third step is done: past a checkpoint, before the next
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
-        assert process.poll() is None, "finished before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(out, 3, arguments)  # past a checkpoint, before the next
     assert not (out / "encoder.safetensors").exists()
 
-    resumed = run(*arguments)
-    assert resumed.returncode == 0, resumed.stderr
+    run_here(*arguments)
     assert_same_files(out, straight)
     assert losses(out) == losses(straight)
     optimizer = "checkpoints/step_00000008/optimizer.pt"
@@ -143,8 +158,7 @@ def test_workers_and_logging_do_not_change_the_result(photos: Path, straight: Pa
     out = tmp_path / "other_runtime"
     arguments = [*TINY, "--steps", 8, "--ema-decay", 0.9, "--log-every", 3, "--checkpoint-every", 0]
     arguments[arguments.index("--workers") + 1] = "2"
-    finished = run("mae", "--data", photos, "--out", out, *arguments)
-    assert finished.returncode == 0, finished.stderr
+    run_here("mae", "--data", photos, "--out", out, *arguments)
     assert_same_files(out, straight)
 
 
@@ -172,8 +186,7 @@ def test_two_processes_follow_one(photos: Path, straight: Path, tmp_path: Path) 
 def test_bf16_trains_close_to_float32(photos: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "bf16"
     arguments = (*TINY, "--steps", 8, "--ema-decay", 0.9, "--precision", "bf16")
-    finished = run("mae", "--data", photos, "--out", out, *arguments)
-    assert finished.returncode == 0, finished.stderr
+    run_here("mae", "--data", photos, "--out", out, *arguments)
     assert losses(out) == pytest.approx(losses(straight), rel=0.02)
     assert losses(out) != losses(straight), "autocast was not on"
     assert load_file(out / "encoder.safetensors")["norm.weight"].dtype == torch.float32
@@ -191,27 +204,32 @@ def test_bf16_trains_close_to_float32(photos: Path, straight: Path, tmp_path: Pa
     ],
 )
 def test_wrong_flags_stop_before_training(
-    change: tuple[str, object], message: str, photos: Path, tmp_path: Path
+    change: tuple[str, object], message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finished = run("mae", "--data", photos, "--out", tmp_path / "out", *TINY, "--steps", 1, *change)
-    assert finished.returncode != 0
-    assert message in finished.stderr + finished.stdout
-    assert "Traceback" not in finished.stderr
+    said = fail_here("mae", "--data", photos, "--out", tmp_path / "out", *TINY, "--steps", 1, *change)
+    assert message in said + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_message_and_not_a_traceback_reaches_the_terminal(photos: Path, tmp_path: Path) -> None:
+    finished = run("mae", "--data", tmp_path / "nowhere", "--out", tmp_path / "out", *TINY, "--steps", 1)
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-1].startswith("pretrain.py: --data")
+    assert "Traceback" not in finished.stderr
 
 
 def test_a_folder_with_a_run_is_not_overwritten_nor_continued_otherwise(photos: Path, straight: Path) -> None:
     before = (straight / "encoder.safetensors").read_bytes()
     arguments = ("mae", "--data", photos, "--out", straight, *TINY, "--steps", 8, "--ema-decay", 0.9)
-    assert "already holds a run: pass --resume auto" in run_here(*arguments)
-    assert "recipe.blr: was 0.002, now 1" in run_here(*arguments, "--resume", "auto", "--blr", 1)
+    assert "already holds a run: pass --resume auto" in fail_here(*arguments)
+    assert "recipe.blr: was 0.002, now 1" in fail_here(*arguments, "--resume", "auto", "--blr", 1)
     assert (straight / "encoder.safetensors").read_bytes() == before
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "diverges"
     arguments = (*TINY, "--blr", 1e25, "--warmup", 0, "--steps", 20, "--checkpoint-every", 1)
-    assert "became non-finite" in run_here("mae", "--data", photos, "--out", out, *arguments)
+    assert "became non-finite" in fail_here("mae", "--data", photos, "--out", out, *arguments)
     for checkpoint in (out / "checkpoints").iterdir():
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "network.safetensors").values())
 
@@ -225,8 +243,8 @@ def test_a_share_of_broken_images_is_skipped_and_too_many_stop(
         (data / path.name).write_bytes(path.read_bytes())
     (data / "00.png").write_bytes(b"")
     arguments = ("mae", "--data", data, *TINY, "--steps", 3)
-    pretrain.main([str(argument) for argument in (*arguments, "--out", tmp_path / "tolerant", "--max-broken", 0.1)])
+    run_here(*arguments, "--out", tmp_path / "tolerant", "--max-broken", 0.1)
     assert "skipped an image that does not decode: 00.png" in capsys.readouterr().err
     assert metrics(tmp_path / "tolerant")[-1]["broken"] == 1
-    said = run_here(*arguments, "--out", tmp_path / "strict", "--max-broken", 0)
+    said = fail_here(*arguments, "--out", tmp_path / "strict", "--max-broken", 0)
     assert "did not decode, more than --max-broken 0" in said

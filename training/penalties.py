@@ -44,17 +44,20 @@ class Penalty(NamedTuple):
     every: int
     """Steps between two uses, each of which counts that many times; 0: never."""
     loss: Callable[[MaskedAutoencoder, Adversary, Scene], Tensor]
-    parts: int = 1
-    """Passes to cut it into, where they stay multiples of the statistic's group: second derivatives need memory."""
+    parts: int
+    """Passes to cut it into, because second derivatives need memory."""
+    multiple: int
+    """Images of a pass are a multiple of it; a batch that cannot be cut so is not cut."""
 
 
 def penalties(recipe: AdversarialRecipe) -> tuple[Penalty, ...]:
     """The recipe's regularisers."""
     wgan = recipe.adversarial_loss == "wgan_gp"
     return (
-        Penalty("path_length", "autoencoder", recipe.path_every if recipe.path_weight else 0, path_length),
-        Penalty("r1", "discriminator", recipe.r1_every if recipe.r1_gamma else 0, r1, parts=2),
-        Penalty("gradient_penalty", "discriminator", 1 if wgan else 0, wasserstein_gradient, parts=2),
+        # every second image takes part
+        Penalty("path_length", "autoencoder", recipe.path_every if recipe.path_weight else 0, path_length, 2, 2),
+        Penalty("r1", "discriminator", recipe.r1_every if recipe.r1_gamma else 0, r1, 2, STDDEV_GROUP),
+        Penalty("gradient_penalty", "discriminator", 1 if wgan else 0, wasserstein_gradient, 2, STDDEV_GROUP),
     )
 
 
@@ -78,7 +81,7 @@ def penalise(
     measured = {}
     for penalty in penalties(adversary.recipe):
         if penalty.of == of and penalty.every and step % penalty.every == 0:
-            parts = penalty.parts if len(scene.images) % (penalty.parts * STDDEV_GROUP) == 0 else 1
+            parts = penalty.parts if len(scene.images) % (penalty.parts * penalty.multiple) == 0 else 1
             values = []
             for part in scene.split(parts):
                 with sdpa_kernel(SDPBackend.MATH):  # in the backward pass too, where checkpointed blocks run again

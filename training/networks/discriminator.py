@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 STDDEV_GROUP = 4
 """Images that share a minibatch statistic: a pass over a multiple of it gives the same, however a batch is cut."""
-_SLOPE = 0.2
 _GAIN = math.sqrt(2)  # keeps the variance behind a leaky rectifier
 
 
@@ -100,9 +99,14 @@ class Epilogue(nn.Module):
     def forward(self, x: Tensor, parts: int) -> Tensor:
         """(N, C, h, w) -> (N,) float32."""
         x = minibatch_stddev(x, math.gcd(x.shape[0] // parts, STDDEV_GROUP))
-        x = F.leaky_relu(self.conv(x), _SLOPE)
-        x = F.leaky_relu(self.gather(x), _SLOPE)
+        x = _rectify(self.conv(x))
+        x = _rectify(self.gather(x))
         return self.logit(x).flatten().float()
+
+
+def _rectify(x: Tensor) -> Tensor:
+    # in place: a convolution's own output is not needed again, and these maps are most of what a GAN step holds
+    return F.leaky_relu(x, 0.2, inplace=True)
 
 
 def _to_network(images: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ class SingleScaleDiscriminator(nn.Module):
         (images,) = pyramid
         x, features = _to_network(images), []
         for stage in self.stages:
-            x = F.leaky_relu(stage(x), _SLOPE)
+            x = _rectify(stage(x))
             features.append(x)
         return Judgement(self.epilogue(x, parts), tuple(features))
 
@@ -152,8 +156,8 @@ class _Block(nn.Module):
         self.conv2 = EqualisedConv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.conv1(x), _SLOPE)
-        return F.avg_pool2d(F.leaky_relu(self.conv2(x), _SLOPE), 2)
+        x = _rectify(self.conv1(x))
+        return F.avg_pool2d(_rectify(self.conv2(x)), 2)
 
 
 class MultiScaleDiscriminator(nn.Module):
@@ -195,10 +199,7 @@ class MultiScaleDiscriminator(nn.Module):
         Returns:
             Logits, and the feature map behind every scale's block but the last's.
         """
-        entries = [
-            F.leaky_relu(entry(_to_network(images)), _SLOPE)
-            for entry, images in zip(self.from_rgb, pyramid, strict=True)
-        ]
+        entries = [_rectify(entry(_to_network(images))) for entry, images in zip(self.from_rgb, pyramid, strict=True)]
         x, features = entries[0], []
         for level, block in enumerate(self.blocks):
             if 0 < level < len(entries):
