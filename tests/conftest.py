@@ -7,6 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+LONG_FILES = ("test_methods", "test_step", "test_knn", "test_pretrain", "test_cost")
+"""Begun first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:

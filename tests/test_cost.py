@@ -7,7 +7,7 @@ import torch
 
 from training import pretrain
 from training.benchmark import kinds_of_step
-from training.cost import matmul_peak, measure_cost
+from training.cost import count_gflop, matmul_peak, measure_cost
 from training.recipes import METHODS, mae, stylegan2_ada_p
 
 
@@ -27,8 +27,8 @@ def test_vit_base_costs_what_arithmetic_says() -> None:
 
 def test_lazy_penalties_are_spread_over_their_interval() -> None:
     recipe = stylegan2_ada_p("vit_pico_patch8_pmae")
-    often, rarely = (measure_cost(replace(recipe, r1_every=k, path_every=k)).gflop for k in (2, 8))
-    for name in ("R1", "path length"):
+    often, rarely = (count_gflop(replace(recipe, r1_every=k, path_every=k)) for k in (2, 8))
+    for name in ("r1", "path_length"):
         assert often[name] == pytest.approx(4 * rarely[name])
     assert often["autoencoder"] == pytest.approx(rarely["autoencoder"])
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -162,14 +161,6 @@ def test_workers_and_logging_do_not_change_the_result(photos: Path, straight: Pa
     assert_same_files(out, straight)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiling_changes_rounding_only(photos: Path, straight: Path, tmp_path: Path) -> None:
-    out = tmp_path / "compiled"
-    finished = run("mae", "--data", photos, "--out", out, *TINY, "--steps", 8, "--ema-decay", 0.9, "--compile")
-    assert finished.returncode == 0, finished.stderr
-    assert losses(out) == pytest.approx(losses(straight), rel=1e-4)
-
-
 def test_two_processes_follow_one(photos: Path, straight: Path, tmp_path: Path) -> None:
     """Losses and gradients of the joined batch, and so the weights, up to the order of float additions."""
     out = tmp_path / "two"
@@ -207,7 +198,7 @@ def test_wrong_flags_stop_before_training(
     change: tuple[str, object], message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = fail_here("mae", "--data", photos, "--out", tmp_path / "out", *TINY, "--steps", 1, *change)
-    assert message in said + capsys.readouterr().err
+    assert message in " ".join((said + capsys.readouterr().err).split())
     assert not (tmp_path / "out").exists()
 
 

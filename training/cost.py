@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from training.draws import draw
+from training.penalties import penalties
 from training.recipes import AdversarialRecipe, Recipe
 from training.step import adversarial_pass, plain_pass
 from training.team import Team, create_encoder, create_team
@@ -71,10 +72,9 @@ def measure_cost(recipe: Recipe) -> Cost:
 def count_gflop(recipe: Recipe) -> dict[str, float]:
     """10^9 floating point operations an image and step, by part; see `Cost`."""
     recipe = _without_timm_phi(recipe)
-    gflop, _ = _count_pass(_without_lazy_terms(recipe))
-    base = sum(gflop.values())
-    for name, alone, every in _lazy_terms(recipe):
-        gflop[name] = (sum(_count_pass(alone)[0].values()) - base) / every
+    gflop, _ = _count_pass(recipe)
+    if isinstance(recipe, AdversarialRecipe):
+        gflop |= {p.name: gflop[p.name] / p.every for p in penalties(recipe) if p.every}
     return gflop
 
 
@@ -200,14 +200,3 @@ def _without_timm_phi(recipe: Recipe) -> Recipe:
 
 def _without_lazy_terms(recipe: Recipe) -> Recipe:
     return replace(recipe, r1_gamma=0.0, path_weight=0.0) if isinstance(recipe, AdversarialRecipe) else recipe
-
-
-def _lazy_terms(recipe: Recipe) -> list[tuple[str, Recipe, int]]:
-    """For each lazy penalty: its name, the recipe with it alone, and its interval."""
-    if not isinstance(recipe, AdversarialRecipe):
-        return []
-    alone = [
-        ("path length", replace(recipe, r1_gamma=0.0), recipe.path_every if recipe.path_weight else 0),
-        ("R1", replace(recipe, path_weight=0.0), recipe.r1_every if recipe.r1_gamma else 0),
-    ]
-    return [term for term in alone if term[2]]

@@ -44,25 +44,28 @@ class Penalty(NamedTuple):
     every: int
     """Steps between two uses, each of which counts that many times; 0: never."""
     loss: Callable[[MaskedAutoencoder, Adversary, Scene], Tensor]
-    parts: int
-    """Passes to cut it into, because second derivatives need memory."""
-    multiple: int
-    """Images of a pass are a multiple of it; a batch that cannot be cut so is not cut."""
+    parts: int = 2
+    """Passes to cut it into, because second derivatives need memory; the statistic's groups of images stay whole."""
 
 
 def penalties(recipe: AdversarialRecipe) -> tuple[Penalty, ...]:
     """The recipe's regularisers."""
     wgan = recipe.adversarial_loss == "wgan_gp"
     return (
-        # every second image takes part
-        Penalty("path_length", "autoencoder", recipe.path_every if recipe.path_weight else 0, path_length, 2, 2),
-        Penalty("r1", "discriminator", recipe.r1_every if recipe.r1_gamma else 0, r1, 2, STDDEV_GROUP),
-        Penalty("gradient_penalty", "discriminator", 1 if wgan else 0, wasserstein_gradient, 2, STDDEV_GROUP),
+        Penalty("path_length", "autoencoder", recipe.path_every if recipe.path_weight else 0, path_length),
+        Penalty("r1", "discriminator", recipe.r1_every if recipe.r1_gamma else 0, r1),
+        Penalty("gradient_penalty", "discriminator", 1 if wgan else 0, wasserstein_gradient),
     )
 
 
 def penalise(
-    of: str, network: MaskedAutoencoder, adversary: Adversary, scene: Scene, step: int, scale: float
+    of: str,
+    network: MaskedAutoencoder,
+    adversary: Adversary,
+    scene: Scene,
+    step: int,
+    scale: float,
+    mark: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """Add the gradients of one player's penalties that are due.
 
@@ -73,6 +76,7 @@ def penalise(
         scene: What there is to look at.
         step: Optimiser steps done before.
         scale: Share of the micro-batch in the step.
+        mark: Called with the name of each penalty that has just run.
 
     Returns:
         The penalties, not yet multiplied by their interval: `loss/<name>` or `loss_d/<name>`.
@@ -81,7 +85,7 @@ def penalise(
     measured = {}
     for penalty in penalties(adversary.recipe):
         if penalty.of == of and penalty.every and step % penalty.every == 0:
-            parts = penalty.parts if len(scene.images) % (penalty.parts * penalty.multiple) == 0 else 1
+            parts = penalty.parts if len(scene.images) % (penalty.parts * STDDEV_GROUP) == 0 else 1
             values = []
             for part in scene.split(parts):
                 with sdpa_kernel(SDPBackend.MATH):  # in the backward pass too, where checkpointed blocks run again
@@ -89,6 +93,7 @@ def penalise(
                     (value * (penalty.every * scale / parts)).backward()
                 values.append(value.detach())
             measured[f"{key}/{penalty.name}"] = torch.stack(values).mean()
+            mark(penalty.name)
     return measured
 
 

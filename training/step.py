@@ -117,8 +117,7 @@ def adversarial_pass(
     """Gradients of both players; the arguments are those of `training_step`, `scale` the micro-batch's share."""
     recipe, network, device_type = adversary.recipe, team.network, images.device.type
     scene = Scene(images, draws, image_pyramid(images, network.num_scales), ())
-    measured = penalise("autoencoder", team.network, adversary, scene, step, scale)
-    mark("penalties")
+    measured = penalise("autoencoder", team.network, adversary, scene, step, scale, mark)
 
     with autocast(recipe, device_type):
         output: Reconstruction = team.player.model(images, draws.mask)
@@ -126,8 +125,7 @@ def adversarial_pass(
     mark("autoencoder")
 
     scene = scene._replace(fake=tuple(image.detach() for image in fake))
-    measured |= penalise("discriminator", team.network, adversary, scene, step, scale)
-    mark("penalties")
+    measured |= penalise("discriminator", team.network, adversary, scene, step, scale, mark)
 
     seen_real, seen_fake = (adversary.augment(pyramid, draws) for pyramid in (scene.real, fake))
     joined = tuple(torch.cat([real, made.detach()]) for real, made in zip(seen_real, seen_fake, strict=True))
