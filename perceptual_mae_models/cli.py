@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".npz, .safetensors or .parquet"
     )
-    _add_extractor_options(command, pools=("avg", "cls", "tokens", "map"))
+    _add_extractor_options(command, pools=("avg", "cls", "cls+avg", "tokens", "map"))
     command.set_defaults(run=embed)
 
     command = commands.add_parser("similar", help="a picture of the nearest neighbours of images in a folder")
@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "-o", "--output", type=Path, default=Path("similar.png"), metavar="FILE", help="default: similar.png"
     )
-    _add_extractor_options(command, pools=("avg", "cls"))
+    _add_extractor_options(command, pools=("avg", "cls", "cls+avg"))
     command.set_defaults(run=similar)
     return parser
 

@@ -31,11 +31,11 @@ import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, h
 from perceptual_mae_models.images import ImageError, ImageInput, image_name, open_image
 from perceptual_mae_models.version import __version__
 
-Pool = Literal["avg", "cls", "tokens", "map"]
+Pool = Literal["avg", "cls", "cls+avg", "tokens", "map"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Transform = Callable[[Image.Image], Tensor]
 
-POOLS: tuple[Pool, ...] = ("avg", "cls", "tokens", "map")
+POOLS: tuple[Pool, ...] = ("avg", "cls", "cls+avg", "tokens", "map")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "vit_pico_patch8_pmae"
 
@@ -66,6 +66,7 @@ class FeatureExtractor:
 
     - `avg`: mean of the patch tokens, prefix tokens left out, (N, D);
     - `cls`: the class token, (N, D);
+    - `cls+avg`: both in that order, (N, 2 * D);
     - `tokens`: all tokens, prefix tokens first, (N, L, D);
     - `map`: the patch tokens on their grid, (N, D, H, W).
 
@@ -118,7 +119,7 @@ class FeatureExtractor:
         # Any: what timm adds to nn.Module (pretrained_cfg, forward_features, ...) has no type.
         self.model: Any = _build(model, checkpoint, pretrained)
         architecture = str(self.model.pretrained_cfg.get("architecture") or type(self.model).__name__)
-        if pool == "cls" and getattr(self.model, "cls_token", None) is None:
+        if "cls" in pool and getattr(self.model, "cls_token", None) is None:
             raise ValueError(f"{architecture} has no class token; use pool='avg'")
         if device is None:
             device = _own_device(self.model) if isinstance(model, nn.Module) else default_device()
@@ -249,10 +250,9 @@ class FeatureExtractor:
             return encoded
         if self.pool == "map":
             return encoded[:, prefix:].transpose(1, 2).reshape(len(encoded), -1, *grid)
-        pooled = encoded[:, 0] if self.pool == "cls" else encoded[:, prefix:].mean(dim=1)
+        vectors = {"cls": lambda: encoded[:, 0], "avg": lambda: encoded[:, prefix:].mean(dim=1)}
         final_norm: nn.Module = getattr(self.model, "fc_norm", nn.Identity())
-        normalised: Tensor = final_norm(pooled)
-        return normalised
+        return torch.cat([final_norm(vectors[part]()) for part in self.pool.split("+")], dim=1)
 
 
 def default_device() -> str:

@@ -1,5 +1,6 @@
 """Every kind of source gives the files' own images; a stream's batches depend on the seed and on the step alone."""
 
+import gzip
 import io
 import tarfile
 from collections import Counter
@@ -342,3 +343,62 @@ def test_loader_processes_leave_signals_to_the_training_process(datasets: Any, c
     loader: Any = create_loader(views, DeterministicBatchSampler(24, 4, range(2), 0), workers=1)
     streamed: Any = create_stream_loader(streamed_views, workers=1)
     assert loader.worker_init_fn is streamed.worker_init_fn is ignore_in_workers
+
+
+# --- compressed tars and idx files -----------------------------------------------------------------------------------
+
+
+def test_a_compressed_tar_holds_the_folders_images(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "photos.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(photos, "photos")
+    source = ImageSource(path)
+    assert loaded(source) == loaded(ImageSource(photos))
+    assert source.classes == ["class0", "class1", "class2"]
+    assert (
+        sum(
+            len(batch.images)
+            for batch in create_loader(
+                RandomViews(source, (16, 16), (0.2, 1.0), 0), DeterministicBatchSampler(24, 8, range(3), 0), workers=1
+            )
+        )
+        == 24
+    )
+    copy = source.reader.tars[0]  # type: ignore[attr-defined]
+    assert copy.exists()
+    del source
+    assert not copy.exists()
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(TarError, match="does not unpack"):
+        ImageSource(path)
+
+
+def idx(dimensions: tuple[int, ...], content: bytes) -> bytes:
+    return bytes([0, 0, 8, len(dimensions)]) + b"".join(n.to_bytes(4, "big") for n in dimensions) + content
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_idx_files_are_grey_images_with_labels(compressed: bool, tmp_path: Path) -> None:
+    images, labels = idx((3, 2, 4), bytes(range(24))), idx((3,), bytes([2, 0, 1]))
+    ending = ".gz" if compressed else ""
+    for name, data in (("train-images-idx3-ubyte", images), ("train-labels-idx1-ubyte", labels)):
+        (tmp_path / f"{name}{ending}").write_bytes(gzip.compress(data) if compressed else data)
+    source = ImageSource(tmp_path / f"train-images-idx3-ubyte{ending}")
+    assert (len(source), source.labels, source.classes) == (3, [2, 0, 1], ["0", "1", "2"])
+    image = source.load(1)
+    assert (image.mode, image.size) == ("RGB", (4, 2))
+    assert image.tobytes()[::3] == bytes(range(8, 16))
+
+
+def test_wrong_idx_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(idx((3, 2, 4), bytes(24)))
+    with pytest.raises(FileNotFoundError, match="labels of train-images-idx3-ubyte are missing"):
+        ImageSource(path)
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    labels.write_bytes(idx((2,), bytes(2)))
+    with pytest.raises(ValueError, match="do not belong together"):
+        ImageSource(path)
+    path.write_bytes(idx((3, 2, 4), bytes(23)))
+    with pytest.raises(ValueError, match="or damaged"):
+        ImageSource(path)

@@ -68,6 +68,7 @@ def test_features_are_those_of_timm(pico: nn.Module, files: list[Path], pool: Po
     expected = {
         "avg": tokens[:, 1:].mean(1),
         "cls": tokens[:, 0],
+        "cls+avg": torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1),
         "tokens": tokens,
         "map": tokens[:, 1:].reshape(-1, 8, 8, 192).permute(0, 3, 1, 2),
     }[pool]

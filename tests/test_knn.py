@@ -8,7 +8,8 @@ import torch
 
 from perceptual_mae_models.features import FeatureExtractor
 from training.data.images import ImageSource
-from training.evaluate.knn import extract, knn_predict
+from training.evaluate.features import extract
+from training.evaluate.knn import knn_predict
 
 
 def brute_force(
@@ -30,20 +31,20 @@ def test_equals_brute_force(k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     bank, queries = torch.randn(40, 6, generator=generator), torch.randn(25, 6, generator=generator) * 3
     labels = torch.randint(4, (40,), generator=generator)
-    predicted = knn_predict(bank, labels, queries, k=k, chunk=7)
+    predicted = knn_predict(bank, labels, queries, [k, 3], chunk=7)[k]
     assert predicted.tolist() == [brute_force(bank, labels, query, k, 0.07, 4) for query in queries]
 
 
 def test_near_neighbours_outvote_many_far_ones() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     labels = torch.tensor([0, 1, 1, 1])
-    assert knn_predict(bank, labels, torch.tensor([[1.0, 0.1]]), k=4).tolist() == [0]
+    assert knn_predict(bank, labels, torch.tensor([[1.0, 0.1]]), [4])[4].tolist() == [0]
 
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_impossible_k_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match="between 1 and the 4 bank entries"):
-        knn_predict(torch.rand(4, 2), torch.zeros(4, dtype=torch.long), torch.rand(1, 2), k=k)
+        knn_predict(torch.rand(4, 2), torch.zeros(4, dtype=torch.long), torch.rand(1, 2), [2, k])
 
 
 @pytest.mark.slow
@@ -51,6 +52,6 @@ def test_embedded_encoder_reaches_half_of_imagenette_val(real_data: Path) -> Non
     extractor = FeatureExtractor("vit_pico_patch8_pmae", pool="avg")
     bank, queries = (ImageSource(real_data / f"imagenette-128-{split}.tar") for split in ("train", "val"))
     assert bank.classes == queries.classes
-    predicted = knn_predict(extract(extractor, bank), torch.tensor(bank.labels), extract(extractor, queries), k=20)
-    accuracy = (predicted == torch.tensor(queries.labels)).double().mean().item()
+    features = extract(extractor, bank), torch.tensor(bank.labels), extract(extractor, queries)
+    accuracy = (knn_predict(*features, [20])[20] == torch.tensor(queries.labels)).double().mean().item()
     assert accuracy >= 0.50

@@ -4,6 +4,8 @@
 |---|---|
 | `photos/` | a folder, any nesting; its innermost folders are the classes |
 | `photos.tar` | an uncompressed tar with the same inside |
+| `photos.tar.gz` | the same compressed: unpacked into a temporary file, so for small sets |
+| `…-images-idx3-ubyte.gz` | MNIST's format, the labels' file beside it |
 | `shards/`, `shards-{000..127}.tar`, `shards-*.tar` | tars, WebDataset's layout or any other |
 | `hf:…` | a Hugging Face data set, see `training/data/hub.py` |
 """
@@ -16,7 +18,8 @@ from timm.utils.misc import natural_key
 
 from perceptual_mae_models.images import IMAGE_SUFFIXES
 from training.data.hub import HubReader
-from training.data.tars import TarReader, expand_braces
+from training.data.idx import IdxReader, is_idx
+from training.data.tars import CompressedTarReader, TarReader, expand_braces
 
 HUB_PREFIX = "hf:"
 
@@ -90,8 +93,12 @@ def open_reader(spec: str, *, split: str = "train", column: str | None = None) -
         return HubReader(spec.removeprefix(HUB_PREFIX), split, column)
     path = Path(spec)
     if path.is_file():
+        if is_idx(path):
+            return IdxReader(path)
+        if path.name.endswith((".tar.gz", ".tgz")):
+            return CompressedTarReader(path)
         if path.suffix != ".tar":
-            raise ValueError(f"{spec}: give a folder of images or an uncompressed .tar of them")
+            raise ValueError(f"{spec}: give a folder of images or a .tar of them")
         return TarReader([path])
     tars = _tars_in(path) if path.is_dir() else _tars_matching(spec)
     return TarReader(tars) if tars else FolderReader(path)

@@ -1,12 +1,16 @@
 """Random access to the images of uncompressed tars, by an index of where their members lie.
 
 `tarfile` would do, but builds and keeps an object of a kilobyte a member: minutes and gigabytes for millions of files.
-Compressed tars have no random access; sparse members, which no image is, are refused.
+A compressed tar has no random access: it is unpacked first. Sparse members, which no image is, are refused.
 """
 
+import gzip
 import mmap
 import os
 import re
+import shutil
+import tempfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,6 +196,28 @@ class TarReader:
         # opened anew for every image: thousands of shards would exceed the limit of open files
         with self.tars[tar].open("rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
+
+
+class CompressedTarReader(TarReader):
+    """The images of a .tar.gz, unpacked into a temporary file that is gone when the reader is.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no image in it.
+        TarError: If it does not unpack, or not to a tar.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._folder_of_copy = tempfile.TemporaryDirectory(prefix="pmae-")
+        copy = Path(self._folder_of_copy.name) / path.name
+        try:
+            with gzip.open(path) as packed, copy.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 2**20)
+        except (OSError, EOFError, zlib.error) as error:
+            raise TarError(f"{path}: does not unpack: {error}") from error
+        super().__init__([copy])
 
 
 def _is_image(name: str) -> bool:

@@ -8,6 +8,7 @@ names of the folders that the images lie in.
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,44 +19,47 @@ from torch import Tensor
 
 from perceptual_mae_models.features import FeatureExtractor, Pool
 from training.data.images import ImageSource
+from training.evaluate.features import extract
 
 
 @torch.no_grad()
 def knn_predict(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float = 0.07, chunk: int = 1024
-) -> Tensor:
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    ks: Sequence[int],
+    *,
+    temperature: float = 0.07,
+    chunk: int = 1024,
+) -> dict[int, Tensor]:
     """Classify by a vote of the k most similar bank entries, each weighted by exp(cosine / temperature).
 
     Args:
         bank: (M, D) features with known labels, of any length.
         bank_labels: (M,) int64.
         queries: (N, D).
-        k: Number of voters, at most M.
+        ks: Numbers of voters to try, each at most M.
         temperature: DINO's is 0.07.
         chunk: Queries compared at a time; bounds memory to chunk * M floats.
 
     Returns:
-        (N,) int64 predicted labels.
+        For each k, (N,) int64 predicted labels.
 
     Raises:
-        ValueError: If `k` exceeds the bank.
+        ValueError: If a k exceeds the bank.
     """
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k is {k}: it must be between 1 and the {len(bank)} bank entries")
+    if not 1 <= min(ks) <= max(ks) <= len(bank):
+        raise ValueError(f"k is {', '.join(map(str, ks))}: it must be between 1 and the {len(bank)} bank entries")
     bank = F.normalize(bank.float(), dim=1)
-    votes_shape = int(bank_labels.max()) + 1
-    predictions = []
+    num_classes = int(bank_labels.max()) + 1
+    predictions: dict[int, list[Tensor]] = {k: [] for k in ks}
     for part in F.normalize(queries.float(), dim=1).split(chunk):
-        similarity, nearest = (part @ bank.T).topk(k, dim=1)  # (n, k)
-        votes = torch.zeros(len(part), votes_shape, device=bank.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
-
-
-def extract(extractor: FeatureExtractor, source: ImageSource, *, batch_size: int = 128) -> Tensor:
-    """Features of every image of a source, in order: (N, D)."""
-    return extractor((source.load(index) for index in range(len(source))), batch_size=batch_size)
+        similarity, nearest = (part @ bank.T).topk(max(ks), dim=1)  # (n, k), most similar first
+        weights, voted = (similarity / temperature).exp(), bank_labels[nearest]
+        for k, found in predictions.items():
+            votes = torch.zeros(len(part), num_classes, device=bank.device)
+            found.append(votes.scatter_add_(1, voted[:, :k], weights[:, :k]).argmax(dim=1))
+    return {k: torch.cat(found) for k, found in predictions.items()}
 
 
 def main(
@@ -87,7 +91,8 @@ def main(
         raise SystemExit(f"knn.py: {train} and {val} do not hold the same classes")
     started = time.monotonic()
     bank_labels = torch.tensor(bank_source.labels)
-    predictions = knn_predict(extract(extractor, bank_source), bank_labels, extract(extractor, query_source), k=k)
+    bank, queries = extract(extractor, bank_source), extract(extractor, query_source)
+    predictions = knn_predict(bank, bank_labels, queries, [k])[k]
     accuracy = (predictions == torch.tensor(query_source.labels)).double().mean().item()
     result = {
         "protocol": f"weighted k-NN, cosine, k={k}, T=0.07, pool={pool}",

@@ -1,0 +1,320 @@
+"""Protocols on frozen features: against scikit-learn, closed forms and simulation; nothing leaks, nothing is lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+
+from perceptual_mae_models.features import FeatureExtractor
+from perceptual_mae_models.images import ImageError
+from training.data.images import ImageSource
+from training.evaluate import features as cached
+from training.evaluate.command import Options, evaluate, main
+from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
+from training.evaluate.few_shot import draw_shots, few_shot, mean_interval, share_interval
+from training.evaluate.linear import Standardise, choose, judge, linear_probe, train_probe
+from training.evaluate.models import open_model
+from training.evaluate.protocols import Settings
+from training.evaluate.split import check_pair, hold_back, name_groups
+
+ROOT = Path(__file__).parents[1]
+
+
+def clouds(n: int, *, seed: int = 0, distance: float = 1.0, dim: int = 8, classes: int = 4) -> Features:
+    """Overlapping normal clouds, one a class, whose columns differ in scale."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99)) * distance
+    labels = torch.arange(n) % classes
+    rows = (centres[labels] + torch.randn(n, dim, generator=generator)) * torch.logspace(-2, 2, dim) + 5
+    return Features(rows, labels, tuple("abcdefgh"[:classes]))
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return FeatureExtractor("vit_pico_patch8_pmae", "avg")
+
+
+def test_features_of_a_source_are_those_of_its_files(photos: Path, extractor: FeatureExtractor) -> None:
+    source = ImageSource(photos)
+    expected = extractor([photos / source.name(index) for index in range(len(source))])
+    torch.testing.assert_close(extract(extractor, source, batch_size=7, workers=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_interrupted_extraction_goes_on(
+    photos: Path, extractor: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, encode, calls = ImageSource(photos), extractor.encode, []
+    straight = extract(extractor, source)
+    monkeypatch.setattr(cached, "IMAGES_A_FILE", 10)
+
+    def fail_later(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    monkeypatch.setattr(extractor, "encode", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        extract(extractor, source, cache=tmp_path)
+    torch.testing.assert_close(extract(extractor, source, cache=tmp_path), straight, atol=1e-5, rtol=1e-5)
+    assert calls == [10, 10, 10, 4], "the first ten are not computed again"
+    extract(extractor, source, cache=tmp_path)
+    assert len(calls) == 4
+
+
+def test_the_cache_belongs_to_weights_transform_and_images(photos: Path, tmp_path: Path) -> None:
+    names = ("vit_pico_patch8_pmae", "vit_pico_patch8_pmae@random", "pixels:8", "pixels:16")
+    models = [fingerprint_model(open_model(name)[0]) for name in names]
+    assert len(set(models)) == 4
+    assert models[1] == fingerprint_model(open_model("vit_pico_patch8_pmae@random")[0]), "the seed decides the weights"
+    assert models[1] != fingerprint_model(open_model("vit_pico_patch8_pmae@random", seed=1)[0])
+    whole = fingerprint_data(ImageSource(photos))
+    for path in photos.rglob("*.png"):
+        copy = tmp_path / path.parent.name / path.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    assert fingerprint_data(ImageSource(tmp_path)) == whole
+    next(tmp_path.rglob("*.png")).unlink()
+    assert fingerprint_data(ImageSource(tmp_path)) != whole
+
+
+def test_a_broken_image_stops_by_name(photos: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    for workers in (0, 1):
+        with pytest.raises(ImageError, match=r"broken\.png"):
+            extract(extractor, ImageSource(tmp_path), workers=workers)
+
+
+def test_models_by_every_kind_of_name(tmp_path: Path) -> None:
+    own, representations = open_model("vit_pico_patch8_pmae")
+    assert representations == {"cls": slice(0, 192), "avg": slice(192, None), "cls+avg": slice(None)}
+    save_file(own.model.state_dict(), tmp_path / "own.safetensors")
+    from_file, _ = open_model(f"vit_pico_patch8_pmae@{tmp_path / 'own.safetensors'}")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(own.encode(images), from_file.encode(images))
+    assert list(open_model("resnet18@random")[1]) == ["avg"]
+    pixels, _ = open_model("pixels:4")
+    assert pixels.input_size == (4, 4)
+    assert torch.equal(pixels.encode(images[:, :, :4, :4]), images[:, :, :4, :4].flatten(1))
+    for name, message in (
+        ("pixels:x", "pixels:16"),
+        ("vit_nano", "unknown model"),
+        ("vit_pico_patch8_pmae@no", "no such"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            open_model(name)
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_held_back_is_in_proportion_and_apart() -> None:
+    features = clouds(403)
+    fit, held = hold_back(features, 0.1, seed=3)
+    assert sorted([*fit.tolist(), *held.tolist()]) == list(range(403))
+    assert features.labels[held].bincount().tolist() == pytest.approx([10, 10, 10, 10], abs=1)
+    assert hold_back(features, 0.1, seed=3)[1].tolist() == held.tolist()
+    assert hold_back(features, 0.1, seed=4)[1].tolist() != held.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_never_straddle(seed: int) -> None:
+    plain = clouds(400)
+    groups = tuple(str(index // 16) for index in range(400))  # four images of each class
+    features = Features(plain.rows, plain.labels, plain.classes, groups)
+    fit, held = hold_back(features, 0.2, seed)
+    assert set(features.take(fit).groups or ()).isdisjoint(features.take(held).groups or ())
+    assert 0.1 < len(held) / 400 < 0.3
+    assert len(fit) + len(held) == 400
+
+
+def test_groups_come_from_names(photos: Path) -> None:
+    source = ImageSource(photos)
+    groups = name_groups(source, r"(\d)\.png$")
+    assert [group == Path(source.name(i)).stem[-1] for i, group in enumerate(groups)] == [True] * 24
+    with pytest.raises(ValueError, match="one pair of parentheses"):
+        name_groups(source, r"\d")
+    with pytest.raises(ValueError, match="does not match the image class"):
+        name_groups(source, "film(.)")
+
+
+def test_pairs_that_say_nothing_are_refused() -> None:
+    good = clouds(40)
+
+    def altered(**changes: object) -> Features:
+        return Features(**{"rows": good.rows, "labels": good.labels, "classes": good.classes, **changes})  # type: ignore[arg-type]
+
+    check_pair(good, good)
+    with pytest.raises(ValueError, match=r"only in --train \['d'\], only in --test \['x'\]"):
+        check_pair(good, altered(classes=("a", "b", "c", "x")))
+    one = altered(classes=("a",), labels=torch.zeros(40, dtype=torch.long))
+    with pytest.raises(ValueError, match="one class, a"):
+        check_pair(one, one)
+    with pytest.raises(ValueError, match="no image of d"):
+        check_pair(altered(labels=good.labels.clamp(max=2)), good)
+    with pytest.raises(ValueError, match="share 1 groups, such as film 7"):
+        check_pair(altered(groups=("film 7",) * 40), altered(groups=("film 7",) * 20 + ("film 8",) * 20))
+    with pytest.raises(ValueError, match="a single image"):
+        hold_back(clouds(4), 0.1, 0)
+
+
+# --- linear probe ----------------------------------------------------------------------------------------------------
+
+
+def test_the_linear_probe_finds_scikit_learns_optimum() -> None:
+    train, test = clouds(2000), clouds(8000, seed=1)
+    result = linear_probe(train, test, seed=0)
+    standardise = Standardise.of(train.rows)
+    oracle = LogisticRegression(C=1e6, max_iter=5000).fit(standardise(train.rows).numpy(), train.labels.numpy())
+    expected = oracle.score(standardise(test.rows).numpy(), test.labels.numpy())
+    assert 0.6 < expected < 0.97, "a problem that is neither trivial nor hopeless"
+    assert result.correct.double().mean().item() == pytest.approx(expected, abs=0.003)
+
+
+def test_heads_side_by_side_are_those_trained_alone() -> None:
+    features = clouds(300)
+    together = train_probe(features, (0.01, 0.3), epochs=5, batch_size=64)
+    logits = together.logits(features.rows)
+    for head, rate in enumerate((0.01, 0.3)):
+        alone = train_probe(features, (rate,), epochs=5, batch_size=64).logits(features.rows)
+        torch.testing.assert_close(logits[:, head], alone[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_diverged_head_is_never_chosen() -> None:
+    features = clouds(200)
+    probe = train_probe(features, (3e38, 0.1), epochs=3)
+    right, losses = judge(probe, features)
+    accuracies = right.double().mean(dim=1)
+    assert accuracies[0] == 0
+    assert losses[0].isinf().all()
+    assert accuracies[1] > 0.5
+    assert linear_probe(features, features, rates=(3e38, 0.1), epochs=3).learning_rate == 0.1
+
+
+def test_the_rate_is_chosen_by_loss_where_accuracies_cannot_tell() -> None:
+    right = torch.zeros(3, 100, dtype=torch.bool)
+    right[0, :90], right[1, :88], right[2, :80] = True, True, True  # a standard error of the best is 3
+    losses = torch.tensor([[0.4], [0.3], [0.1]]).expand(3, 100)
+    assert choose(right, losses) == 1
+    assert choose(right[[0, 2]], losses[[0, 2]]) == 0
+
+
+def test_the_test_split_decides_nothing() -> None:
+    """With shuffled test labels the rate, the head and so the predictions stay the same."""
+    train, test = clouds(400), clouds(400, seed=1)
+    wrong = Features(test.rows, (test.labels + 1) % 4, test.classes)
+    right_result, wrong_result = (linear_probe(train, it, epochs=10) for it in (test, wrong))
+    assert right_result.learning_rate == wrong_result.learning_rate
+    assert right_result.held_back_accuracy == wrong_result.held_back_accuracy
+    assert not (right_result.correct & wrong_result.correct).any()
+
+
+# --- few labels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("amount", "counts"), [("3", [3, 3]), ("10%", [9, 1]), ("1%", [1, 1]), ("100%", [90, 10])])
+def test_shots_a_class(amount: str, counts: list[int]) -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    shots = draw_shots(labels, amount, torch.Generator().manual_seed(0))
+    assert labels[shots].bincount().tolist() == counts
+    assert len(set(shots.tolist())) == sum(counts)
+
+
+@pytest.mark.parametrize("amount", ["0", "-1", "2.5", "200%", "many", "11"])
+def test_impossible_shots_are_refused(amount: str) -> None:
+    with pytest.raises(ValueError, match="few-shot amount"):
+        draw_shots(torch.tensor([0] * 90 + [1] * 10), amount, torch.Generator())
+
+
+def test_more_labels_are_worth_more_and_draws_differ() -> None:
+    train, test = clouds(800), clouds(2000, seed=1)
+    few, many = (few_shot(train, test, amount, draws=6) for amount in ("1", "50%"))
+    assert len(set(few)) > 1
+    assert mean_interval(few).high < mean_interval(many).low
+    assert few == few_shot(train, test, "1", draws=6)
+    assert few != few_shot(train, test, "1", draws=6, seed=1)
+
+
+def test_intervals_of_draws_cover_their_mean_in_simulation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    trials = (torch.randn(2000, 5, generator=generator) * 0.1 + 0.7).tolist()
+    intervals = [mean_interval(trial) for trial in trials]
+    covered = sum(interval.low <= 0.7 <= interval.high for interval in intervals) / 2000
+    assert covered == pytest.approx(0.95, abs=0.015)
+    assert mean_interval([0.5]).low == mean_interval([0.5]).high == 0.5
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (7, 10), (3000, 4000)])
+def test_intervals_of_shares_are_wilsons(right: int, n: int) -> None:
+    interval = share_interval(torch.arange(n) < right)
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert interval.mean == right / n
+    assert 0 <= interval.low <= interval.mean <= interval.high <= 1
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_one_command_fills_the_table_and_a_second_one_reads_the_cache(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [sys.executable, ROOT / "training/evaluate.py", "pixels:8"]
+    arguments += ["--train", photos, "--test", photos, "--out", tmp_path, "--k", "1", "5", "--shots", "2", "50%"]
+    finished = subprocess.run([*map(str, arguments), "--draws", "2"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    written = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["model"], row["features"], row["protocol"], row["setting"]): row for row in written["results"]}
+    assert len(rows) == len(written["results"]) == 5
+    assert rows["pixels:8", "avg", "knn", "k=1"]["accuracy"]["mean"] == 1, "the images find themselves"
+    assert all(0 <= row["accuracy"]["low"] <= row["accuracy"]["mean"] <= 1 for row in rows.values())
+    assert written["data"]["train"]["fingerprint"] == fingerprint_data(ImageSource(photos))
+    assert {"torch", "scikit-learn"} <= written["versions"].keys()
+
+    monkeypatch.setattr(FeatureExtractor, "encode", None)  # would fail if anything were computed anew
+    options = Options(
+        models=("pixels:8",),
+        train=str(photos),
+        test=str(photos),
+        out=tmp_path,
+        settings=Settings(k=(1, 5), shots=("2", "50%"), draws=2),
+    )
+    again = evaluate(options)["results"]
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for key, row in rows.items() if key[0] == "pixels:8"]
+
+
+def test_wrong_inputs_are_explained(photos: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({}, "give --data DIR"),
+        ({"data": tmp_path}, "holds no train"),
+        ({"train": str(photos / "class0"), "test": str(photos / "class0")}, "one class"),
+        ({"train": str(photos), "test": str(photos / "class0")}, "the classes differ"),
+        ({"train": str(photos), "test": str(photos), "groups": r"/(\d+)"}, "share 24 groups"),
+        ({"train": str(photos), "test": str(photos)}, "k is 10, 20, 100, 200: it must be between 1 and the 24"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(Options(models=("pixels:4",), out=tmp_path / "out", **changes))  # type: ignore[arg-type]
+
+
+def test_splits_are_found_in_a_folder(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(photos)
+    (tmp_path / "test").symlink_to(photos)
+    options = Options(
+        models=("vit_pico_patch8_pmae@random",),
+        data=tmp_path,
+        out=tmp_path / "out",
+        protocols=("knn",),
+        settings=Settings(k=(1,)),
+    )
+    found = evaluate(options)
+    assert found["data"]["test"]["images"] == 24
+    assert [row["features"] for row in found["results"]] == ["cls", "avg", "cls+avg"]

@@ -1,0 +1,135 @@
+"""Frozen features of labelled images, computed once and kept on disk.
+
+A folder of the cache belongs to one combination of weights, transform and data. In it lies a file for every few
+thousand images, written when complete: an interrupted extraction goes on where it stopped.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from perceptual_mae_models.features import FeatureExtractor
+from perceptual_mae_models.images import ImageError
+from training.data.images import ImageSource
+from training.run.checkpoint import write_atomically
+
+IMAGES_A_FILE = 4096
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features with their labels, in the order of their source."""
+
+    rows: Tensor
+    """(N, D) float32."""
+    labels: Tensor
+    """(N,) int64."""
+    classes: tuple[str, ...]
+    """Names, by label."""
+    groups: tuple[str, ...] | None = None
+    """For each image what it belongs to (a patient, a film), where the user said how to tell; see `split.py`."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Tensor) -> "Features":
+        """Some of them, by number."""
+        groups = None if self.groups is None else tuple(self.groups[index] for index in indices.tolist())
+        return Features(self.rows[indices], self.labels[indices], self.classes, groups)
+
+    def columns(self, part: slice) -> "Features":
+        """The same images with some of the features' columns."""
+        return Features(self.rows[:, part], self.labels, self.classes, self.groups)
+
+
+class _Views(Dataset[Tensor | ImageError]):
+    def __init__(self, source: ImageSource, extractor: FeatureExtractor) -> None:
+        self.source, self.transform = source, extractor.transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor | ImageError:
+        try:
+            return self.transform(self.source.load(index))
+        except ImageError as error:  # an exception would reach the main process as text
+            return error
+
+
+def extract(
+    extractor: FeatureExtractor,
+    source: ImageSource,
+    *,
+    batch_size: int = 128,
+    workers: int = 0,
+    cache: Path | None = None,
+) -> Tensor:
+    """Features of every image of a source, in order.
+
+    Args:
+        extractor: The encoder, with its transform and pooling.
+        source: The images.
+        batch_size: Images a forward pass.
+        workers: Processes that decode.
+        cache: Folder to keep features in, and to take them from.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        ImageError: At an image that does not decode: an accuracy over fewer images is another one.
+    """
+    folder = cache and cache / f"{fingerprint_model(extractor)}-{fingerprint_data(source)}"
+    views, rows = _Views(source, extractor), []
+    for start in range(0, len(source), IMAGES_A_FILE):
+        file = folder and folder / f"{start:09d}.safetensors"
+        if file and file.exists():
+            rows.append(load_file(file)["features"])
+            continue
+        part = Subset(views, range(start, min(start + IMAGES_A_FILE, len(source))))
+        features = torch.cat(list(_encode(extractor, part, batch_size, workers)))
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, {"features": features}, extractor.metadata)
+        rows.append(features)
+    return torch.cat(rows)
+
+
+def _encode(
+    extractor: FeatureExtractor, views: Dataset[Tensor | ImageError], batch_size: int, workers: int
+) -> Iterator[Tensor]:
+    loader: DataLoader[Any] = DataLoader(views, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    for batch in loader:
+        images = []
+        for view in batch:
+            if isinstance(view, ImageError):
+                raise view
+            images.append(view)
+        yield extractor.encode(torch.stack(images))
+
+
+def fingerprint_model(extractor: FeatureExtractor) -> str:
+    """Sixteen hexadecimal digits that change with the weights, the transform, the pooling or the arithmetic."""
+    digest = hashlib.sha256(repr((extractor.transform, extractor.pool, extractor.dtype)).encode())
+    for name, tensor in extractor.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_data(source: ImageSource) -> str:
+    """Sixteen hexadecimal digits that change with the names, the labels or, of 64 images of each set, the content."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(f"{source.name(index)}\n".encode("utf-8", "surrogateescape"))
+    digest.update(repr((source.labels, source.classes)).encode())
+    for index in range(0, len(source), max(1, len(source) // 64)):
+        digest.update(source.reader.read(index))
+    return digest.hexdigest()[:16]

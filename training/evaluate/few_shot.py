@@ -1,0 +1,101 @@
+"""Few labels: logistic regression on frozen features of a few images a class, over several draws of them.
+
+Features are standardised with the statistics of all training images, whose labels stay unseen. The regularisation is
+scikit-learn's default and is not tuned: so few labels leave nothing to tune it with.
+"""
+
+import math
+import statistics
+import warnings
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from training.evaluate.features import Features
+from training.evaluate.linear import Standardise
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the 95 % confidence interval of what it estimates."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: list[float]) -> Interval:
+    """Student's interval of the mean of accuracies of independent draws; without width for a single one."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean, mean, mean)
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def share_interval(right: Tensor) -> Interval:
+    """Wilson's interval of an accuracy measured on independent test images.
+
+    Args:
+        right: (N,) bool.
+    """
+    n, p, z = len(right), right.double().mean().item(), 1.959964
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def draw_shots(labels: Tensor, amount: str, generator: torch.Generator) -> Tensor:
+    """Numbers of a few images of each class.
+
+    Args:
+        labels: (N,) int64.
+        amount: Images a class, "5", or a share of each class, "10%", of which at least one is taken.
+        generator: Draws them.
+
+    Raises:
+        ValueError: If a class has too few images, or the amount is none.
+    """
+    try:
+        number = float(amount.removesuffix("%"))
+    except ValueError:
+        number = 0.0
+    if number <= 0 or (amount.endswith("%") and number > 100) or (not amount.endswith("%") and number % 1):
+        raise ValueError(f"few-shot amount {amount!r}: give images a class, such as 5, or a share, such as 10%")
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        count = max(1, round(number / 100 * len(members))) if amount.endswith("%") else int(number)
+        if count > len(members):
+            raise ValueError(f"few-shot amount {amount}: class {int(label)} has {len(members)} training images")
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen)
+
+
+def few_shot(train: Features, test: Features, amount: str, *, draws: int = 5, seed: int = 0) -> list[float]:
+    """Test accuracies, in [0, 1], of as many draws of a few training images.
+
+    Args:
+        train: Where the images are drawn from.
+        test: What they are tested on.
+        amount: See `draw_shots`.
+        draws: How many.
+        seed: Decides them.
+
+    Raises:
+        ValueError: See `draw_shots`.
+    """
+    standardise, generator = Standardise.of(train.rows), torch.Generator().manual_seed(seed)
+    accuracies = []
+    for _ in range(draws):
+        shots = draw_shots(train.labels, amount, generator)
+        classifier = LogisticRegression(max_iter=1000)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # separable: the last digits do not decide
+            classifier.fit(standardise(train.rows[shots]).numpy(), train.labels[shots].numpy())
+        accuracies.append(float(classifier.score(standardise(test.rows).numpy(), test.labels.numpy())))
+    return accuracies

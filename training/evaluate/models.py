@@ -1,0 +1,79 @@
+"""What can be evaluated, by the names that users type.
+
+| model | |
+|---|---|
+| `vit_base_patch16_pmae.fb_mae_in1k`, any timm name | with its published weights |
+| `hf-hub:user/name` | a timm model of the Hugging Face Hub |
+| `vit_pico_patch8_pmae@runs/mine/encoder.safetensors` | a timm architecture with weights from a file |
+| `vit_pico_patch8_pmae@random` | the same with random weights: what the architecture alone is worth |
+| `pixels:16` | no model: the image itself at 16 x 16 |
+"""
+
+import torch
+from torch import Tensor, nn
+
+from perceptual_mae_models.features import FeatureExtractor, Precision
+
+RANDOM = "random"
+
+
+class Pixels(nn.Module):
+    """The image as its own feature: (N, 3, s, s) -> (N, 3 * s * s, 1, 1).
+
+    Args:
+        size: Side of the image in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.pretrained_cfg = {
+            "architecture": f"pixels:{size}",
+            "input_size": (3, size, size),
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        }
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The pixels as channels of a map of one place."""
+        return images.flatten(1)[:, :, None, None]
+
+
+def open_model(
+    name: str, *, device: str | None = None, dtype: Precision = "float32", seed: int = 0
+) -> tuple[FeatureExtractor, dict[str, slice]]:
+    """Build what a name means.
+
+    Args:
+        name: See the table above.
+        device: Where; by default a GPU where there is one.
+        dtype: Arithmetic of the encoder.
+        seed: Decides random weights.
+
+    Returns:
+        The extractor of every representation, and the columns of each: `cls`, `avg` and `cls+avg` where there is a
+        class token, else `avg`.
+
+    Raises:
+        ValueError: If the name means nothing.
+        FileNotFoundError: If there is no such file of weights.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "pixels":
+        if not size.isdigit() or not int(size):
+            raise ValueError(f"{name}: give the side of the image in pixels, such as pixels:16")
+        extractor = FeatureExtractor(Pixels(int(size)), "avg", device or "cpu", dtype)
+        return extractor, {"avg": slice(None)}
+    architecture, _, weights = name.partition("@")
+    torch.manual_seed(seed)
+    checkpoint = weights if weights and weights != RANDOM else None
+    extractor = FeatureExtractor(
+        architecture, "avg", device, dtype, checkpoint=checkpoint, pretrained=weights != RANDOM
+    )
+    if getattr(extractor.model, "cls_token", None) is None:
+        return extractor, {"avg": slice(None)}
+    both = FeatureExtractor(extractor.model, "cls+avg", extractor.device, dtype)
+    both.metadata = {**extractor.metadata, "pool": "cls+avg"}
+    width = both.feature_shape[0] // 2
+    return both, {"cls": slice(0, width), "avg": slice(width, None), "cls+avg": slice(None)}

@@ -1,0 +1,86 @@
+"""The protocols on frozen features, each as rows of a table of results."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from training.evaluate.features import Features
+from training.evaluate.few_shot import Interval, few_shot, mean_interval, share_interval
+from training.evaluate.knn import knn_predict
+from training.evaluate.linear import linear_probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the protocols are run with."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """k-NN: numbers of neighbours."""
+    epochs: int = 100
+    """Linear probe: passes over the features."""
+    hold_back: float = 0.1
+    """Linear probe: share of the training images to choose the learning rate on, in (0, 0.5]."""
+    shots: tuple[str, ...] = ("1%", "2%", "5%", "10%", "20%")
+    """Few-shot: images a class (5) or share of each class (5%)."""
+    draws: int = 5
+    """Few-shot: draws of training images; the interval is over them."""
+    seed: int = 0
+    """Decides draws, orders, what is held back, and the weights of random models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure."""
+
+    protocol: str
+    setting: str
+    accuracy: Interval
+    """In [0, 1], with its 95 % interval: over the test images, or over the draws."""
+    seconds: float
+    """Of the protocol, features not counted; shared by the rows of one call."""
+    detail: dict[str, object]
+
+
+def run_knn(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
+    """Weighted k-NN, DINO's protocol."""
+    started = time.monotonic()
+    predicted = knn_predict(train.rows, train.labels, test.rows, settings.k)
+    seconds = time.monotonic() - started
+    for k, labels in predicted.items():
+        accuracy = share_interval(labels == test.labels)
+        yield Row(protocol="knn", setting=f"k={k}", accuracy=accuracy, seconds=seconds, detail={"temperature": 0.07})
+
+
+def run_linear(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
+    """Linear probe."""
+    started = time.monotonic()
+    result = linear_probe(train, test, epochs=settings.epochs, share=settings.hold_back, seed=settings.seed)
+    yield Row(
+        protocol="linear",
+        setting=f"lr={result.learning_rate:g}",
+        accuracy=share_interval(result.correct),
+        seconds=time.monotonic() - started,
+        detail={"held_back_accuracy": {f"{rate:g}": value for rate, value in result.held_back_accuracy.items()}},
+    )
+
+
+def run_few_shot(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
+    """Logistic regression on few labels."""
+    for amount in settings.shots:
+        started = time.monotonic()
+        values = few_shot(train, test, amount, draws=settings.draws, seed=settings.seed)
+        seconds = time.monotonic() - started
+        yield Row(
+            protocol="few_shot",
+            setting=amount,
+            accuracy=mean_interval(values),
+            seconds=seconds,
+            detail={"accuracies": values},
+        )
+
+
+PROTOCOLS: dict[str, Callable[[Features, Features, Settings], Iterator[Row]]] = {
+    "knn": run_knn,
+    "linear": run_linear,
+    "few_shot": run_few_shot,
+}

@@ -1,0 +1,88 @@
+"""Which images decide what: training images, a held-back part of them, test images; and checks that none leak.
+
+Hyper-parameters are chosen on the held-back part; nothing that is chosen ever sees a test image. Images that belong
+together (crops of one photograph, frames of a film, a patient's slides) stay on one side of every cut.
+"""
+
+import re
+
+import torch
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
+from torch import Tensor
+
+from training.data.images import ImageSource
+from training.evaluate.features import Features
+
+
+def name_groups(source: ImageSource, pattern: str) -> tuple[str, ...]:
+    """What each image belongs to, from its name.
+
+    Args:
+        source: The images.
+        pattern: Regular expression with one group; what the group matches anywhere in a name is the image's group.
+
+    Raises:
+        ValueError: If it has no group, or an image's name does not match.
+    """
+    compiled = re.compile(pattern)
+    if compiled.groups != 1:
+        raise ValueError(f"--groups {pattern}: put one pair of parentheses around what names the group")
+    groups = []
+    for index in range(len(source)):
+        match = compiled.search(source.name(index))
+        if not match:
+            raise ValueError(f"--groups {pattern} does not match the image {source.name(index)}")
+        groups.append(match[1])
+    return tuple(groups)
+
+
+def check_pair(train: Features, test: Features) -> None:
+    """Refuse a pair of sets from which no accuracy follows.
+
+    Raises:
+        ValueError: If classes differ, if there are less than two, or if a group is in both.
+    """
+    if train.classes != test.classes:
+        only = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train))]
+        raise ValueError(f"the classes differ: only in --train {only[0][:5]}, only in --test {only[1][:5]}")
+    if len(train.classes) < 2:
+        raise ValueError(f"--train has one class, {train.classes[0] or 'no folders'}: put each class into a folder")
+    missing = [name for label, name in enumerate(train.classes) if not (train.labels == label).any()]
+    if missing:
+        raise ValueError(f"--train has no image of {', '.join(missing[:5])}")
+    shared = set(train.groups or ()) & set(test.groups or ())
+    if shared:
+        raise ValueError(
+            f"--train and --test share {len(shared)} groups, such as {min(shared)}: their images would leak"
+        )
+
+
+def hold_back(features: Features, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Cut training images in two, each class in proportion and no group in both.
+
+    Args:
+        features: The training images; only labels and groups count.
+        share: Of the images to hold back, in (0, 0.5].
+        seed: Decides which.
+
+    Returns:
+        Numbers of the images to fit with and of those held back, both ascending.
+
+    Raises:
+        ValueError: If a class has a single image or group.
+    """
+    labels = features.labels.numpy()
+    few = features.labels.bincount(minlength=len(features.classes)).min()
+    if few < 2:
+        raise ValueError("a class of --train has a single image: none can be held back to choose hyper-parameters with")
+    if features.groups is None:
+        held = max(len(features.classes), round(share * len(labels)))  # a class at least once
+        splitter = StratifiedShuffleSplit(1, test_size=held, random_state=seed)
+        fit, rest = next(splitter.split(labels, labels))
+    else:
+        if len(set(features.groups)) < 2:
+            raise ValueError("all images of --train belong to one group: none can be held back")
+        folds = min(round(1 / share), len(set(features.groups)))
+        by_group = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        fit, rest = next(by_group.split(labels, labels, features.groups))
+    return torch.as_tensor(fit).sort().values, torch.as_tensor(rest).sort().values
