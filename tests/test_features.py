@@ -249,7 +249,7 @@ def test_convolutional_models(files: list[Path]) -> None:
 
 
 def test_wrong_arguments(pico: nn.Module, extractor: FeatureExtractor, files: list[Path]) -> None:
-    with pytest.raises(ValueError, match="pool is one of avg, cls, tokens, map, not 'max'"):
+    with pytest.raises(ValueError, match=r"pool is one of avg, cls, cls\+avg, tokens, map, not 'max'"):
         FeatureExtractor(pico, "max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype is one of"):
         FeatureExtractor(pico, dtype="int8")  # type: ignore[arg-type]
