@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from training import pretrain
+from training import compare, pretrain
 from training.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +138,22 @@ def test_exported_encoder_loads_in_timm_and_decoder_behind_it(straight: Path) ->
     state = network.state_dict()
     assert all(torch.equal(state[key], average[key]) for key in state), "the export is the moving average"
     assert any(not torch.equal(average[key], raw[key]) for key in state)
+
+
+def test_runs_are_compared_on_the_same_images(photos: Path, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "copy")
+    compare.main((straight, tmp_path / "copy"), data=photos, count=2, out=tmp_path / "out.png")
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    tile, step = 3 * 64, 3 * 64 + 14
+    right = picture.shape[1] - 36 - tile  # the second image of each row
+    original, masked, one, other = (picture[92 + row * step :, right:][:tile, :tile] for row in range(4))
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, original)
+    shown = (masked == original).all(axis=2)
+    assert 0.2 < shown.mean() < 0.4, "a quarter of the patches is visible"
+    assert np.array_equal(one[shown], original[shown])
+    with pytest.raises(SystemExit, match="a run writes it at its end"):
+        compare.main((tmp_path,))
 
 
 def test_killed_and_resumed_ends_bit_equal(photos: Path, straight: Path, tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import timm
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
+from PIL import Image
 
 import perceptual_mae_models
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
 from perceptual_mae_models.images import open_image
-from training.grids import reconstruct
+from training.grids import labelled_rows, middle, reconstruct
 from training.run.seeding import generator
 from training.weights import load_autoencoder
 
@@ -73,14 +72,12 @@ def similar_crops(extractor: FeatureExtractor, images: dict[str, Image.Image]) -
     return neighbour_gallery(rows, "Nearest neighbours", subtitle), siblings
 
 
-def rebuilt(images: dict[str, Image.Image], *, scale: int = 3, gap: int = 14, margin: int = 36) -> Image.Image:
+def rebuilt(images: dict[str, Image.Image]) -> Image.Image:
     """Photographs, what the encoder saw of them, and what the decoder made of that."""
     encoder = timm.create_model(MODEL, pretrained=True).eval()
     decoder_file = Path(perceptual_mae_models.__file__).parent / "pretrained" / f"{MODEL}.mae_imagenette"
     network, recipe = load_autoencoder(encoder, decoder_file.with_name(decoder_file.name + ".decoder.safetensors"))
-    height, width = network.image_size
-    pixels = [center_crop(resize(images[name], [height], antialias=True), [height, width]) for name in REBUILT]
-    batch = torch.stack([pil_to_tensor(image) for image in pixels]).float() / 255  # (N, 3, H, W)
+    batch = torch.stack([middle(images[name], network.image_size) for name in REBUILT])  # (N, 3, H, W)
     noise = torch.rand(len(batch), network.num_patches, generator=generator(0, "demo"))
     views = reconstruct(network.eval(), batch, noise, recipe)
     rows = {
@@ -88,26 +85,11 @@ def rebuilt(images: dict[str, Image.Image], *, scale: int = 3, gap: int = 14, ma
         f"{recipe.mask_ratio:.0%} hidden": views["masked"],
         "rebuilt": views["pasted"],
     }
-
-    tile_w, tile_h, label_w = width * scale, height * scale, 110
-    canvas = Image.new(
-        "RGB",
-        (2 * margin + label_w + len(batch) * (tile_w + gap) - gap, 92 + len(rows) * (tile_h + gap) - gap + margin),
-        "white",
-    )
-    draw = ImageDraw.Draw(canvas)
-    draw.text((margin, 26), "Masked photographs, rebuilt", "#1b1f24", ImageFont.load_default(24))
+    height, width = network.image_size
     note = (
         f"{height} x {width} pixels; each hidden patch takes brightness and contrast from the original (norm_pix_loss)"
     )
-    draw.text((margin, 58), note, "#6a737d", ImageFont.load_default(14))
-    for row, (label, view) in enumerate(rows.items()):
-        top = 92 + row * (tile_h + gap)
-        draw.text((margin, top + tile_h // 2 - 10), label, "#1b1f24", ImageFont.load_default(16))
-        for column, image in enumerate(view):
-            tile = to_pil_image(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
-            canvas.paste(tile, (margin + label_w + column * (tile_w + gap), top))
-    return canvas
+    return labelled_rows(rows, "Masked photographs, rebuilt", note)
 
 
 def main() -> None:

@@ -7,7 +7,10 @@
 
 import tyro
 
-from training.evaluate.command import Options, main
+try:
+    from training.evaluate.command import Options, main
+except ModuleNotFoundError as error:
+    raise SystemExit(f"evaluate.py: {error}: pip install 'perceptual-mae-models[evaluate]'") from error
 
 if __name__ == "__main__":
     main(tyro.cli(Options))

@@ -1,13 +1,14 @@
 """Pictures of reconstructions on fixed images with fixed masks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from training.losses.pixel import normalise_patches
@@ -50,6 +51,43 @@ def reconstruct(network: MaskedAutoencoder, images: Tensor, noise: Tensor, recip
     }
 
 
+def middle(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The middle of an image, its short side fitted to a height and width: (3, H, W) in [0, 1]."""
+    fit = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    pixels: Tensor = fit(image)
+    return pixels.float() / 255
+
+
+def labelled_rows(
+    rows: Mapping[str, Tensor], title: str, note: str, *, scale: int = 3, gap: int = 14, margin: int = 36
+) -> Image.Image:
+    """A picture with a row for each batch of images.
+
+    Args:
+        rows: (N, 3, H, W) in [0, 1] by label; the same N, H and W in all.
+        title: Above them.
+        note: Below the title.
+        scale: Screen pixels a side of an image's pixel.
+        gap: Between images, in screen pixels.
+        margin: Around the picture, in screen pixels.
+    """
+    count, _, height, width = next(iter(rows.values())).shape
+    font = ImageFont.load_default(16)
+    tile_w, tile_h, label_w = width * scale, height * scale, 16 + round(max(font.getlength(label) for label in rows))
+    size = 2 * margin + label_w + count * (tile_w + gap) - gap, 92 + len(rows) * (tile_h + gap) - gap + margin
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((margin, 26), title, "#1b1f24", ImageFont.load_default(24))
+    draw.text((margin, 58), note, "#6a737d", ImageFont.load_default(14))
+    for row, (label, images) in enumerate(rows.items()):
+        top = 92 + row * (tile_h + gap)
+        draw.text((margin, top + tile_h // 2 - 10), label, "#1b1f24", font)
+        for column, image in enumerate(images):
+            tile = to_pil_image(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
+            canvas.paste(tile, (margin + label_w + column * (tile_w + gap), top))
+    return canvas
+
+
 class FixedGrid:
     """The same images under the same masks, rebuilt by whatever network is given.
 
@@ -60,11 +98,7 @@ class FixedGrid:
     """
 
     def __init__(self, images: Sequence[Image.Image], network: MaskedAutoencoder, recipe: Recipe) -> None:
-        height, width = network.image_size
-        crop = v2.Compose(
-            [v2.Resize(max(height, width), antialias=True), v2.CenterCrop((height, width)), v2.PILToTensor()]
-        )
-        self.images = torch.stack([crop(image) for image in images]).float() / 255  # (count, 3, H, W)
+        self.images = torch.stack([middle(image, network.image_size) for image in images])  # (count, 3, H, W)
         self.noise = torch.rand(len(self.images), network.num_patches, generator=generator(recipe.seed, "grid"))
         self.recipe = recipe
 

@@ -40,6 +40,12 @@ def save_run_weights(out: Path, network: MaskedAutoencoder, recipe: Recipe, prog
     write_atomically(out / "decoder.safetensors", network.decoder.state_dict(), metadata)
 
 
+def read_recipe(file: Path) -> Recipe:
+    """The recipe that a weight file of `save_run_weights` carries."""
+    with safe_open(file, framework="pt") as opened:
+        return recipe_from_json(json.loads(opened.metadata()["recipe"]))
+
+
 def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAutoencoder, Recipe]:
     """Put a saved decoder behind its encoder.
 
@@ -54,8 +60,7 @@ def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAuto
         RuntimeError: If the decoder is of another encoder's shape.
         ValueError: If the encoder is no ViT that can be masked.
     """
-    with safe_open(decoder_file, framework="pt") as file:
-        recipe = recipe_from_json(json.loads(file.metadata()["recipe"]))
+    recipe = read_recipe(decoder_file)
     network = build_from_recipe(encoder, recipe)
     network.decoder.load_state_dict(load_file(decoder_file))
     return network, recipe

@@ -90,12 +90,13 @@ def few_shot(train: Features, test: Features, amount: str, *, draws: int = 5, se
         ValueError: See `draw_shots`.
     """
     standardise, generator = Standardise.of(train.rows), torch.Generator().manual_seed(seed)
+    known, tested = standardise(train.rows), standardise(test.rows).numpy()
     accuracies = []
     for _ in range(draws):
         shots = draw_shots(train.labels, amount, generator)
         classifier = LogisticRegression(max_iter=1000)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # separable: the last digits do not decide
-            classifier.fit(standardise(train.rows[shots]).numpy(), train.labels[shots].numpy())
-        accuracies.append(float(classifier.score(standardise(test.rows).numpy(), test.labels.numpy())))
+            classifier.fit(known[shots].numpy(), train.labels[shots].numpy())
+        accuracies.append(float(classifier.score(tested, test.labels.numpy())))
     return accuracies

@@ -1,0 +1,90 @@
+"""Reconstructions of several runs side by side: the same photographs under the same masks.
+
+    python training/compare.py runs/mae runs/ls_gan_p runs/stylegan2_ada_p --data photos/ --out compare.png
+
+A run is a folder with the `encoder.safetensors` and `decoder.safetensors` that pretraining leaves.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import tyro
+from torch import Tensor
+
+import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
+from training.data.images import ImageSource
+from training.demo import REBUILT, photographs
+from training.grids import labelled_rows, middle, reconstruct
+from training.networks.autoencoder import MaskedAutoencoder
+from training.recipes import Recipe
+from training.run.seeding import generator
+from training.weights import load_autoencoder, read_recipe
+
+
+def open_run(folder: Path) -> tuple[MaskedAutoencoder, Recipe]:
+    """The autoencoder that a finished run left.
+
+    Raises:
+        FileNotFoundError: If it left none.
+    """
+    encoder_file, decoder_file = (folder / f"{part}.safetensors" for part in ("encoder", "decoder"))
+    for file in (encoder_file, decoder_file):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file; a run writes it at its end")
+    encoder = timm.create_model(
+        read_recipe(decoder_file).model,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(encoder_file)},
+        num_classes=0,
+    )
+    network, recipe = load_autoencoder(encoder, decoder_file)
+    return network.eval(), recipe
+
+
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    data: Path | None = None,
+    count: int = 6,
+    seed: int = 0,
+    out: Path = Path("compare.png"),
+) -> None:
+    """Draw originals, what the encoders see, and a row of reconstructions for each run.
+
+    Args:
+        runs: Folders of finished runs, of encoders with the same image and patch size.
+        data: Folder or tar of images, of which the first ones are taken; by default photographs of scikit-image and
+            scikit-learn.
+        count: Images to show.
+        seed: Decides the masks.
+        out: Picture to write.
+    """
+    try:
+        networks = [open_run(folder) for folder in runs]
+    except FileNotFoundError as error:
+        raise SystemExit(f"compare.py: {error}") from error
+    shapes = {(network.image_size, network.num_patches, network.mask_ratio) for network, _ in networks}
+    if len(shapes) != 1:
+        raise SystemExit("compare.py: the runs differ in image size, patch size or mask ratio")
+    (((height, width), num_patches, mask_ratio),) = shapes
+    if data:
+        source = ImageSource(data)
+        images = [source.load(index) for index in range(min(count, len(source)))]
+    else:
+        found = photographs()
+        images = [found[name] for name in REBUILT[:count]]
+    batch = torch.stack([middle(image, (height, width)) for image in images])  # (N, 3, H, W)
+    noise = torch.rand(len(batch), num_patches, generator=generator(seed, "compare"))
+    views = [reconstruct(network, batch, noise, recipe) for network, recipe in networks]
+    rows: dict[str, Tensor] = {"original": views[0]["original"], f"{mask_ratio:.0%} hidden": views[0]["masked"]}
+    rows |= {str(folder): view["pasted"] for folder, view in zip(runs, views, strict=True)}
+    if len({folder.parent for folder in runs}) == 1:
+        rows = {Path(label).name: images for label, images in rows.items()}
+    note = f"{height} x {width} pixels; visible patches as they are; norm_pix_loss: contrast of the original's patches"
+    labelled_rows(rows, "Masked photographs, rebuilt", note, scale=max(1, 192 // height)).save(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
