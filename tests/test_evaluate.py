@@ -1,6 +1,7 @@
 """Protocols on frozen features: against scikit-learn, closed forms and simulation; nothing leaks, nothing is lost."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
@@ -17,11 +19,14 @@ from training.data.images import ImageSource
 from training.evaluate import features as cached
 from training.evaluate.command import Options, evaluate, main
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
-from training.evaluate.few_shot import draw_shots, few_shot, mean_interval, share_interval
+from training.evaluate.few_shot import draw_shots, few_shot
+from training.evaluate.intervals import mean_interval, sample_interval, share_interval
 from training.evaluate.linear import Standardise, choose, judge, linear_probe, train_probe
-from training.evaluate.models import open_model
+from training.evaluate.models import open_autoencoder, open_model
 from training.evaluate.protocols import Settings
+from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction
 from training.evaluate.split import check_pair, hold_back, name_groups
+from training.grids import middle
 
 ROOT = Path(__file__).parents[1]
 
@@ -253,6 +258,12 @@ def test_intervals_of_draws_cover_their_mean_in_simulation() -> None:
     assert mean_interval([0.5]).low == mean_interval([0.5]).high == 0.5
 
 
+def test_intervals_of_samples_cover_their_mean_in_simulation() -> None:
+    samples = torch.rand(2000, 60, generator=torch.Generator().manual_seed(0))
+    intervals = [sample_interval(sample) for sample in samples]
+    assert sum(it.low <= 0.5 <= it.high for it in intervals) / 2000 == pytest.approx(0.95, abs=0.015)
+
+
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (7, 10), (3000, 4000)])
 def test_intervals_of_shares_are_wilsons(right: int, n: int) -> None:
     interval = share_interval(torch.arange(n) < right)
@@ -275,8 +286,8 @@ def test_one_command_fills_the_table_and_a_second_one_reads_the_cache(
     written = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["model"], row["features"], row["protocol"], row["setting"]): row for row in written["results"]}
     assert len(rows) == len(written["results"]) == 5
-    assert rows["pixels:8", "avg", "knn", "k=1"]["accuracy"]["mean"] == 1, "the images find themselves"
-    assert all(0 <= row["accuracy"]["low"] <= row["accuracy"]["mean"] <= 1 for row in rows.values())
+    assert rows["pixels:8", "avg", "knn", "k=1"]["value"]["mean"] == 1, "the images find themselves"
+    assert all(0 <= row["value"]["low"] <= row["value"]["mean"] <= 1 for row in rows.values())
     assert written["data"]["train"]["fingerprint"] == fingerprint_data(ImageSource(photos))
     assert {"torch", "scikit-learn"} <= written["versions"].keys()
 
@@ -289,12 +300,13 @@ def test_one_command_fills_the_table_and_a_second_one_reads_the_cache(
         settings=Settings(k=(1, 5), shots=("2", "50%"), draws=2),
     )
     again = evaluate(options)["results"]
-    assert [row["accuracy"] for row in again] == [row["accuracy"] for key, row in rows.items() if key[0] == "pixels:8"]
+    assert [row["value"] for row in again] == [row["value"] for key, row in rows.items() if key[0] == "pixels:8"]
 
 
 def test_wrong_inputs_are_explained(photos: Path, tmp_path: Path) -> None:
     for changes, message in (
-        ({}, "give --data DIR"),
+        ({}, "give --data DIR .*missing: train"),
+        ({"protocols": ("reconstruction",)}, "missing: test"),
         ({"data": tmp_path}, "holds no train"),
         ({"train": str(photos / "class0"), "test": str(photos / "class0")}, "one class"),
         ({"train": str(photos), "test": str(photos / "class0")}, "the classes differ"),
@@ -318,3 +330,59 @@ def test_splits_are_found_in_a_folder(photos: Path, tmp_path: Path) -> None:
     found = evaluate(options)
     assert found["data"]["test"]["images"] == 24
     assert [row["features"] for row in found["results"]] == ["cls", "avg", "cls+avg"]
+
+
+# --- reconstruction --------------------------------------------------------------------------------------------------
+
+
+def test_reconstructions_are_measured_as_torchmetrics_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    original = torch.rand(3, 3, 64, 64, generator=generator)
+    made = (original + 0.2 * torch.randn(original.shape, generator=generator)).clamp(0, 1)
+    found = compare_images(made, original, torch.ones(3, 1, 64, 64))
+    for index, (one, other) in enumerate(zip(made[:, None], original[:, None], strict=True)):
+        assert found["l1"][index].item() == pytest.approx((one - other).abs().mean().item(), rel=1e-5)
+        psnr = peak_signal_noise_ratio(one, other, data_range=1.0)
+        assert found["psnr"][index].item() == pytest.approx(psnr.item(), rel=1e-5)
+        ssim = structural_similarity_index_measure(one, other, data_range=1.0)
+        assert found["ssim"][index].item() == pytest.approx(ssim.item(), abs=2e-3), "its borders are padded"
+
+
+def test_only_what_counts_is_measured() -> None:
+    original, made = torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)
+    made[..., :32] = 0.5
+    left = torch.zeros(1, 1, 64, 64)
+    left[..., :32] = 1
+    assert compare_images(made, original, left)["l1"].item() == pytest.approx(0.5)
+    assert compare_images(made, original, left)["psnr"].item() == pytest.approx(-10 * math.log10(0.25))
+    assert compare_images(made, original, 1 - left)["l1"].item() == 0
+    far = torch.zeros(1, 1, 64, 64)
+    far[..., 40:] = 1
+    assert compare_images(made, original, far)["ssim"].item() == pytest.approx(1)
+
+
+def test_the_embedded_autoencoder_rebuilds_and_its_masks_are_the_seeds(photos: Path) -> None:
+    network, recipe = open_autoencoder("vit_pico_patch8_pmae")
+    source = ImageSource(photos)
+    found = measure_reconstruction(network, recipe, source, batch_size=7)
+    assert found.keys() == {(place, metric) for place in ("hidden", "image") for metric in METRICS}
+    assert all(len(values) == 24 and values.isfinite().all() for values in found.values())
+    again = measure_reconstruction(network, recipe, source, batch_size=24)
+    other = measure_reconstruction(network, recipe, source, seed=1)
+    for key, values in found.items():
+        torch.testing.assert_close(again[key], values, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(other[key], values)
+    grey = torch.cat([(middle(source.load(i), (64, 64)) - 0.5).abs().mean().view(1) for i in range(24)])
+    assert found["hidden", "l1"].mean() < 0.5 * grey.mean()
+
+
+def test_reconstruction_by_the_command_needs_a_decoder_and_no_labels(photos: Path, tmp_path: Path) -> None:
+    options = Options(
+        models=("vit_pico_patch8_pmae",), test=str(photos / "class0"), protocols=("reconstruction",), out=tmp_path
+    )
+    results = evaluate(options)["results"]
+    assert len(results) == 8
+    assert all(row["value"]["low"] < row["value"]["mean"] < row["value"]["high"] for row in results)
+    for name in ("resnet18", "vit_pico_patch8_pmae@random", f"vit_pico_patch8_pmae@{tmp_path / 'encoder.safetensors'}"):
+        with pytest.raises(ValueError, match="cannot rebuild images, because it has no decoder"):
+            open_autoencoder(name)

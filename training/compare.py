@@ -8,39 +8,15 @@ A run is a folder with the `encoder.safetensors` and `decoder.safetensors` that 
 from pathlib import Path
 from typing import Annotated
 
-import timm
 import torch
 import tyro
 from torch import Tensor
 
-import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
 from training.data.images import ImageSource
 from training.demo import REBUILT, photographs
 from training.grids import labelled_rows, middle, reconstruct
-from training.networks.autoencoder import MaskedAutoencoder
-from training.recipes import Recipe
 from training.run.seeding import generator
-from training.weights import load_autoencoder, read_recipe
-
-
-def open_run(folder: Path) -> tuple[MaskedAutoencoder, Recipe]:
-    """The autoencoder that a finished run left.
-
-    Raises:
-        FileNotFoundError: If it left none.
-    """
-    encoder_file, decoder_file = (folder / f"{part}.safetensors" for part in ("encoder", "decoder"))
-    for file in (encoder_file, decoder_file):
-        if not file.exists():
-            raise FileNotFoundError(f"{file}: no such file; a run writes it at its end")
-    encoder = timm.create_model(
-        read_recipe(decoder_file).model,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(encoder_file)},
-        num_classes=0,
-    )
-    network, recipe = load_autoencoder(encoder, decoder_file)
-    return network.eval(), recipe
+from training.weights import open_run
 
 
 def main(
@@ -76,7 +52,7 @@ def main(
         images = [found[name] for name in REBUILT[:count]]
     batch = torch.stack([middle(image, (height, width)) for image in images])  # (N, 3, H, W)
     noise = torch.rand(len(batch), num_patches, generator=generator(seed, "compare"))
-    views = [reconstruct(network, batch, noise, recipe) for network, recipe in networks]
+    views = [reconstruct(network.eval(), batch, noise, recipe) for network, recipe in networks]
     rows: dict[str, Tensor] = {"original": views[0]["original"], f"{mask_ratio:.0%} hidden": views[0]["masked"]}
     rows |= {str(folder): view["pasted"] for folder, view in zip(runs, views, strict=True)}
     if len({folder.parent for folder in runs}) == 1:

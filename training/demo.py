@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
-import timm
 import torch
 from PIL import Image
 
-import perceptual_mae_models
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
 from perceptual_mae_models.images import open_image
 from training.grids import labelled_rows, middle, reconstruct
 from training.run.seeding import generator
-from training.weights import load_autoencoder
+from training.weights import open_embedded
 
 MODEL = "vit_pico_patch8_pmae"
 PHOTOGRAPHS = {
@@ -74,9 +72,7 @@ def similar_crops(extractor: FeatureExtractor, images: dict[str, Image.Image]) -
 
 def rebuilt(images: dict[str, Image.Image]) -> Image.Image:
     """Photographs, what the encoder saw of them, and what the decoder made of that."""
-    encoder = timm.create_model(MODEL, pretrained=True).eval()
-    decoder_file = Path(perceptual_mae_models.__file__).parent / "pretrained" / f"{MODEL}.mae_imagenette"
-    network, recipe = load_autoencoder(encoder, decoder_file.with_name(decoder_file.name + ".decoder.safetensors"))
+    network, recipe = open_embedded(MODEL)
     batch = torch.stack([middle(images[name], network.image_size) for name in REBUILT])  # (N, 3, H, W)
     noise = torch.rand(len(batch), network.num_patches, generator=generator(0, "demo"))
     views = reconstruct(network.eval(), batch, noise, recipe)

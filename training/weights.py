@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import perceptual_mae_models  # registers the encoders in timm
 from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder
 from training.recipes import Recipe, recipe_from_json
 from training.run.checkpoint import write_atomically
@@ -44,6 +46,42 @@ def read_recipe(file: Path) -> Recipe:
     """The recipe that a weight file of `save_run_weights` carries."""
     with safe_open(file, framework="pt") as opened:
         return recipe_from_json(json.loads(opened.metadata()["recipe"]))
+
+
+def open_run(folder: Path) -> tuple[MaskedAutoencoder, Recipe]:
+    """The autoencoder that a finished run left, and the recipe it was trained with.
+
+    Raises:
+        FileNotFoundError: If it left none.
+    """
+    encoder_file, decoder_file = (folder / f"{part}.safetensors" for part in ("encoder", "decoder"))
+    for file in (encoder_file, decoder_file):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file; a run writes it at its end")
+    encoder = timm.create_model(
+        read_recipe(decoder_file).model,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(encoder_file)},
+        num_classes=0,
+    )
+    return load_autoencoder(encoder, decoder_file)
+
+
+def open_embedded(name: str) -> tuple[MaskedAutoencoder, Recipe]:
+    """The autoencoder whose weights come with the package.
+
+    Args:
+        name: A model of `pmae list` whose weights are in the package, with or without its tag.
+
+    Raises:
+        FileNotFoundError: If the package holds no decoder of it.
+    """
+    encoder: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    tag = f"{name.partition('.')[0]}.{encoder.pretrained_cfg['tag']}"
+    file = Path(perceptual_mae_models.__file__).parent / "pretrained" / f"{tag}.decoder.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(f"{name}: there is no decoder of it in the package")
+    return load_autoencoder(timm.create_model(name, pretrained=True, num_classes=0), file)
 
 
 def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAutoencoder, Recipe]:

@@ -7,6 +7,7 @@ Features are kept below `--out`, so a second call, or one after an interruption,
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
 from training.evaluate.models import open_model
-from training.evaluate.protocols import PROTOCOLS, Settings
+from training.evaluate.protocols import ON_FEATURES, Settings, run_reconstruction
 from training.evaluate.split import check_pair, name_groups
 from training.run.folder import versions
 
@@ -37,8 +38,8 @@ class Options:
     """Instead of --data: labelled images to learn from; a folder, .tar, .tar.gz, idx file or hf: data set."""
     test: str | None = None
     """Instead of --data: labelled images to be judged by."""
-    protocols: tuple[Literal["knn", "linear", "few_shot"], ...] = ("knn", "linear", "few_shot")
-    """What to run."""
+    protocols: tuple[Literal["knn", "linear", "few_shot", "reconstruction"], ...] = ("knn", "linear", "few_shot")
+    """What to run; reconstruction needs a decoder."""
     out: Path = Path("evaluation")
     """Where results.json and the features go."""
     groups: str | None = None
@@ -69,18 +70,22 @@ def find_split(data: Path, names: tuple[str, ...]) -> str:
     )
 
 
-def open_pair(options: Options) -> tuple[ImageSource, ImageSource]:
-    """The training and the test images.
+def open_sources(options: Options) -> dict[str, ImageSource]:
+    """The `test` images and, where a protocol learns from any, the `train` images.
 
     Raises:
-        FileNotFoundError: If either is missing.
+        FileNotFoundError: If they are missing.
         ValueError: If it is not said where they are.
     """
     if options.data:
-        return ImageSource(find_split(options.data, ("train",))), ImageSource(find_split(options.data, ("val", "test")))
-    if not options.train or not options.test:
-        raise ValueError("give --data DIR with train and val in it, or both --train and --test")
-    return ImageSource(options.train), ImageSource(options.test)
+        places = {"train": find_split(options.data, ("train",)), "test": find_split(options.data, ("val", "test"))}
+    else:
+        given = {"train": options.train, "test": options.test}
+        places = {split: place for split, place in given.items() if place}
+    wanted = ("train", "test") if set(options.protocols) & ON_FEATURES.keys() else ("test",)
+    if missing := [split for split in wanted if split not in places]:
+        raise ValueError(f"give --data DIR with train and val in it, or --train and --test (missing: {missing[0]})")
+    return {split: ImageSource(places[split]) for split in wanted}
 
 
 def load_features(extractor: FeatureExtractor, source: ImageSource, options: Options) -> Features:
@@ -96,41 +101,50 @@ def load_features(extractor: FeatureExtractor, source: ImageSource, options: Opt
     return Features(rows, torch.tensor(source.labels), tuple(source.classes), groups)
 
 
+def judge_features(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[dict[str, Any]]:
+    """Every protocol on every representation of a model: what it learned from `train`, it shows on `test`."""
+    protocols = [protocol for protocol in options.protocols if protocol in ON_FEATURES]
+    if not protocols:
+        return
+    extractor, representations = open_model(
+        name, device=options.device, dtype=options.dtype, seed=options.settings.seed
+    )
+    started = time.monotonic()
+    train, test = (load_features(extractor, sources[split], options) for split in ("train", "test"))
+    check_pair(train, test)
+    facts = {"fingerprint": fingerprint_model(extractor), "extraction_seconds": time.monotonic() - started}
+    for representation, columns in representations.items():
+        for protocol in protocols:
+            for row in ON_FEATURES[protocol](train.columns(columns), test.columns(columns), options.settings):
+                yield {"model": name, "features": representation, **dataclasses.asdict(row), **facts}
+
+
+def judge_reconstruction(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[dict[str, Any]]:
+    """Reconstructions of the test images, where that is asked for."""
+    if "reconstruction" in options.protocols:
+        for row in run_reconstruction(name, sources["test"], options.settings, options.batch_size):
+            yield {"model": name, "features": "", **dataclasses.asdict(row)}
+
+
 def evaluate(options: Options) -> dict[str, Any]:
-    """Run every protocol on every representation of every model; the content of results.json.
+    """Run everything; the content of results.json.
 
     Raises:
         ValueError: If models, images or settings do not allow it.
         FileNotFoundError: If images or weights are missing.
         ImageError: If an image does not decode.
     """
-    train_source, test_source = open_pair(options)
+    sources = open_sources(options)
     results = []
     for name in options.models:
-        extractor, representations = open_model(
-            name, device=options.device, dtype=options.dtype, seed=options.settings.seed
-        )
-        started = time.monotonic()
-        train, test = (load_features(extractor, source, options) for source in (train_source, test_source))
-        check_pair(train, test)
-        extraction = time.monotonic() - started
-        for representation, columns in representations.items():
-            for protocol in options.protocols:
-                for row in PROTOCOLS[protocol](train.columns(columns), test.columns(columns), options.settings):
-                    results.append(
-                        {
-                            "model": name,
-                            "fingerprint": fingerprint_model(extractor),
-                            "features": representation,
-                            **dataclasses.asdict(row),
-                            "extraction_seconds": extraction,
-                        }
-                    )
-                    print(show(results[-1]), flush=True)
+        for judge in (judge_features, judge_reconstruction):
+            for result in judge(name, sources, options):
+                results.append(result)
+                print(show(result), flush=True)
     return {
         "data": {
             split: {"name": Path(source.spec).name, "images": len(source), "fingerprint": fingerprint_data(source)}
-            for split, source in (("train", train_source), ("test", test_source))
+            for split, source in sources.items()
         },
         "settings": dataclasses.asdict(options.settings),
         "results": results,
@@ -140,11 +154,11 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     """One line of the table."""
-    accuracy = {name: f"{100 * value:5.1f}" for name, value in result["accuracy"].items()}
-    return (
-        f"{result['model']:<44} {result['features']:<8} {result['protocol']:<9} {result['setting']:<9}"
-        f" {accuracy['mean']} %  [{accuracy['low']}, {accuracy['high']}]"
-    )
+    scale, unit = {"accuracy": (100, "%"), "psnr": (1, "dB")}.get(result["metric"], (1, ""))
+    digits = 1 if scale == 100 else 3
+    mean, low, high = (f"{scale * result['value'][name]:.{digits}f}" for name in ("mean", "low", "high"))
+    head = f"{result['model']:<44} {result['features']:<8} {result['protocol']:<14} {result['setting']:<8}"
+    return f"{head} {result['metric']:<8} {mean:>6} {unit:<2} [{low}, {high}]"
 
 
 def main(options: Options) -> None:
@@ -153,5 +167,6 @@ def main(options: Options) -> None:
         results = evaluate(options)
     except (ValueError, FileNotFoundError, ImageError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"{options.out / 'results.json'}: {len(results['results'])} figures")

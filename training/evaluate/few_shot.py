@@ -4,49 +4,15 @@ Features are standardised with the statistics of all training images, whose labe
 scikit-learn's default and is not tuned: so few labels leave nothing to tune it with.
 """
 
-import math
-import statistics
 import warnings
-from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from training.evaluate.features import Features
 from training.evaluate.linear import Standardise
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and the 95 % confidence interval of what it estimates."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def mean_interval(values: list[float]) -> Interval:
-    """Student's interval of the mean of accuracies of independent draws; without width for a single one."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return Interval(mean, mean, mean)
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
-
-
-def share_interval(right: Tensor) -> Interval:
-    """Wilson's interval of an accuracy measured on independent test images.
-
-    Args:
-        right: (N,) bool.
-    """
-    n, p, z = len(right), right.double().mean().item(), 1.959964
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def draw_shots(labels: Tensor, amount: str, generator: torch.Generator) -> Tensor:

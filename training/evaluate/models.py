@@ -9,10 +9,15 @@
 | `pixels:16` | no model: the image itself at 16 x 16 |
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from perceptual_mae_models.features import FeatureExtractor, Precision
+from training.networks.autoencoder import MaskedAutoencoder
+from training.recipes import Recipe
+from training.weights import open_embedded, open_run
 
 RANDOM = "random"
 
@@ -77,3 +82,21 @@ def open_model(
     both.metadata = {**extractor.metadata, "pool": "cls+avg"}
     width = both.feature_shape[0] // 2
     return both, {"cls": slice(0, width), "avg": slice(width, None), "cls+avg": slice(None)}
+
+
+def open_autoencoder(name: str) -> tuple[MaskedAutoencoder, Recipe]:
+    """The encoder that a name means with the decoder that was trained with it.
+
+    Args:
+        name: `NAME@RUN/encoder.safetensors` of a finished run, or a model whose decoder comes with the package.
+
+    Raises:
+        ValueError: If there is no decoder.
+    """
+    architecture, _, weights = name.partition("@")
+    try:
+        if weights == RANDOM:
+            raise FileNotFoundError("its weights are random")
+        return open_run(Path(weights).parent) if weights else open_embedded(architecture)
+    except (FileNotFoundError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot rebuild images, because it has no decoder: {error}") from error

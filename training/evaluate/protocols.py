@@ -1,13 +1,17 @@
-"""The protocols on frozen features, each as rows of a table of results."""
+"""The protocols, each as rows of a table of results."""
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from training.data.images import ImageSource
 from training.evaluate.features import Features
-from training.evaluate.few_shot import Interval, few_shot, mean_interval, share_interval
+from training.evaluate.few_shot import few_shot
+from training.evaluate.intervals import Interval, mean_interval, sample_interval, share_interval
 from training.evaluate.knn import knn_predict
 from training.evaluate.linear import linear_probe
+from training.evaluate.models import open_autoencoder
+from training.evaluate.reconstruction import measure_reconstruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,10 @@ class Row:
 
     protocol: str
     setting: str
-    accuracy: Interval
-    """In [0, 1], with its 95 % interval: over the test images, or over the draws."""
+    metric: str
+    """accuracy, in [0, 1]; of reconstructions l1, psnr (decibel), ssim, ms_ssim."""
+    value: Interval
+    """With its 95 % interval: over the test images, or over the draws."""
     seconds: float
     """Of the protocol, features not counted; shared by the rows of one call."""
     detail: dict[str, object]
@@ -48,7 +54,14 @@ def run_knn(train: Features, test: Features, settings: Settings) -> Iterator[Row
     seconds = time.monotonic() - started
     for k, labels in predicted.items():
         accuracy = share_interval(labels == test.labels)
-        yield Row(protocol="knn", setting=f"k={k}", accuracy=accuracy, seconds=seconds, detail={"temperature": 0.07})
+        yield Row(
+            protocol="knn",
+            setting=f"k={k}",
+            metric="accuracy",
+            value=accuracy,
+            seconds=seconds,
+            detail={"temperature": 0.07},
+        )
 
 
 def run_linear(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
@@ -58,7 +71,8 @@ def run_linear(train: Features, test: Features, settings: Settings) -> Iterator[
     yield Row(
         protocol="linear",
         setting=f"lr={result.learning_rate:g}",
-        accuracy=share_interval(result.correct),
+        metric="accuracy",
+        value=share_interval(result.correct),
         seconds=time.monotonic() - started,
         detail={"held_back_accuracy": {f"{rate:g}": value for rate, value in result.held_back_accuracy.items()}},
     )
@@ -73,13 +87,26 @@ def run_few_shot(train: Features, test: Features, settings: Settings) -> Iterato
         yield Row(
             protocol="few_shot",
             setting=amount,
-            accuracy=mean_interval(values),
+            metric="accuracy",
+            value=mean_interval(values),
             seconds=seconds,
             detail={"accuracies": values},
         )
 
 
-PROTOCOLS: dict[str, Callable[[Features, Features, Settings], Iterator[Row]]] = {
+def run_reconstruction(name: str, images: ImageSource, settings: Settings, batch_size: int) -> Iterator[Row]:
+    """Reconstruction, of the test images alone."""
+    network, recipe = open_autoencoder(name)
+    started = time.monotonic()
+    measured = measure_reconstruction(network, recipe, images, seed=settings.seed, batch_size=batch_size)
+    seconds = time.monotonic() - started
+    detail: dict[str, object] = {"mask_ratio": network.mask_ratio, "norm_pix_loss": recipe.norm_pix_loss}
+    for (place, metric), values in measured.items():
+        value = sample_interval(values)
+        yield Row(protocol="reconstruction", setting=place, metric=metric, value=value, seconds=seconds, detail=detail)
+
+
+ON_FEATURES: dict[str, Callable[[Features, Features, Settings], Iterator[Row]]] = {
     "knn": run_knn,
     "linear": run_linear,
     "few_shot": run_few_shot,

@@ -58,7 +58,12 @@ def ssim_map(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def ms_ssim(pred: Tensor, target: Tensor, *, floor: float = 0.0) -> Tensor:
-    """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003), mean over the batch, in [0, 1].
+    """Mean of `ms_ssim_each`, which see: a float32 scalar."""
+    return ms_ssim_each(pred, target, floor=floor).mean()
+
+
+def ms_ssim_each(pred: Tensor, target: Tensor, *, floor: float = 0.0) -> Tensor:
+    """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003) of each image, in [0, 1].
 
     Eleven-tap Gaussian of sigma 1.5 without padding, average pooling between scales, the paper's five weights. An image
     too small for five scales has as many as the window fits in, with weights renormalised. A negative term, whose power
@@ -70,7 +75,7 @@ def ms_ssim(pred: Tensor, target: Tensor, *, floor: float = 0.0) -> Tensor:
         floor: Least value of a scale's term before its power, see `ms_ssim_loss`; 0 is the definition.
 
     Returns:
-        A float32 scalar; 1 for equal images.
+        (N,) float32; 1 for equal images.
 
     Raises:
         ValueError: If the images are smaller than the window.
@@ -90,7 +95,7 @@ def ms_ssim(pred: Tensor, target: Tensor, *, floor: float = 0.0) -> Tensor:
             last = scale == num_scales - 1
             part = (luminance * structure if last else structure).mean(dim=(1, 2, 3))
             similarity = similarity * part.clamp(min=floor) ** (weight / sum(weights))
-        return similarity.mean()
+        return similarity
 
 
 def ms_ssim_loss(pred: Tensor, target: Tensor) -> Tensor:

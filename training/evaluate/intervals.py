@@ -1,0 +1,52 @@
+"""95 % confidence intervals, for each kind of figure."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from scipy.stats import t as student
+from torch import Tensor
+
+_Z = 1.959964  # of the normal distribution
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the 95 % confidence interval of what it estimates."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: list[float]) -> Interval:
+    """Student's interval of the mean of accuracies of independent draws; without width for a single one."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean, mean, mean)
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def share_interval(right: Tensor) -> Interval:
+    """Wilson's interval of an accuracy measured on independent test images.
+
+    Args:
+        right: (N,) bool.
+    """
+    n, p = len(right), right.double().mean().item()
+    z = _Z
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def sample_interval(values: Tensor) -> Interval:
+    """The normal interval of a mean over many independent images.
+
+    Args:
+        values: (N,).
+    """
+    mean = values.double().mean().item()
+    half = _Z * values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Interval(mean, mean - half, mean + half)
