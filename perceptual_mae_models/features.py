@@ -224,7 +224,7 @@ class FeatureExtractor:
         precision = getattr(torch, self.dtype)
         with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
             encoded = self.model.forward_features(pixels.to(self.device)).float()
-            return self._pool(encoded, self._grid(encoded, pixels)).float().cpu()
+            return self._pool(encoded, pixels).float().cpu()
 
     def _grid(self, encoded: Tensor, pixels: Tensor) -> tuple[int, int]:
         if encoded.ndim == 4:
@@ -237,7 +237,8 @@ class FeatureExtractor:
     def _channels_last(self) -> bool:
         return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
 
-    def _pool(self, encoded: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _pool(self, encoded: Tensor, pixels: Tensor) -> Tensor:
+        maps = encoded
         prefix = 0
         if encoded.ndim == 3:
             prefix = getattr(self.model, "num_prefix_tokens", 0)
@@ -249,7 +250,7 @@ class FeatureExtractor:
         if self.pool == "tokens":
             return encoded
         if self.pool == "map":
-            return encoded[:, prefix:].transpose(1, 2).reshape(len(encoded), -1, *grid)
+            return encoded[:, prefix:].transpose(1, 2).reshape(len(encoded), -1, *self._grid(maps, pixels))
         vectors = {"cls": lambda: encoded[:, 0], "avg": lambda: encoded[:, prefix:].mean(dim=1)}
         final_norm: nn.Module = getattr(self.model, "fc_norm", nn.Identity())
         return torch.cat([final_norm(vectors[part]()) for part in self.pool.split("+")], dim=1)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from scipy.stats import binomtest
@@ -82,6 +83,9 @@ def test_the_cache_belongs_to_weights_transform_and_images(photos: Path, tmp_pat
     assert len(set(models)) == 4
     assert models[1] == fingerprint_model(open_model("vit_pico_patch8_pmae@random")[0]), "the seed decides the weights"
     assert models[1] != fingerprint_model(open_model("vit_pico_patch8_pmae@random", seed=1)[0])
+    smooth, sharp = (FeatureExtractor(timm.create_model("test_vit", act_layer=act)) for act in ("gelu", "relu"))
+    sharp.model.load_state_dict(smooth.model.state_dict())
+    assert fingerprint_model(smooth) != fingerprint_model(sharp), "equal weights, other arithmetic"
     whole = fingerprint_data(ImageSource(photos))
     for path in photos.rglob("*.png"):
         copy = tmp_path / path.parent.name / path.name
@@ -142,6 +146,30 @@ def test_groups_never_straddle(seed: int) -> None:
     assert len(fit) + len(held) == 400
 
 
+def test_one_large_group_is_not_what_is_held_back() -> None:
+    plain = clouds(1000)
+    groups = tuple("large" if index < 500 else str(index // 17) for index in range(1000))
+    for seed in range(3):
+        _, held = hold_back(Features(plain.rows, plain.labels, plain.classes, groups), 0.1, seed)
+        assert 40 < len(held) < 140
+    alone = tuple("its own" if label == 3 else str(index // 17) for index, label in enumerate(plain.labels.tolist()))
+    for seed in range(3):
+        fit, _ = hold_back(Features(plain.rows, plain.labels, plain.classes, alone), 0.1, seed)
+        assert plain.labels[fit].unique().tolist() == [0, 1, 2, 3], "no class is held back entirely"
+    halves = tuple(str(label % 2) for label in plain.labels.tolist())
+    with pytest.raises(ValueError, match="too few groups"):
+        hold_back(Features(plain.rows, plain.labels, plain.classes, halves), 0.5, 0)
+
+
+def test_features_that_are_not_finite_are_refused(photos: Path, extractor: FeatureExtractor, tmp_path: Path) -> None:
+    encode = extractor.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor, "encode", lambda pixels: encode(pixels) * torch.nan)
+        with pytest.raises(ValueError, match="not finite for 24 images"):
+            extract(extractor, ImageSource(photos), cache=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_groups_come_from_names(photos: Path) -> None:
     source = ImageSource(photos)
     groups = name_groups(source, r"(\d)\.png$")
@@ -166,6 +194,8 @@ def test_pairs_that_say_nothing_are_refused() -> None:
         check_pair(one, one)
     with pytest.raises(ValueError, match="no image of d"):
         check_pair(altered(labels=good.labels.clamp(max=2)), good)
+    with pytest.raises(ValueError, match="negative labels"):
+        check_pair(good, altered(labels=good.labels - 1))
     with pytest.raises(ValueError, match="share 1 groups, such as film 7"):
         check_pair(altered(groups=("film 7",) * 40), altered(groups=("film 7",) * 20 + ("film 8",) * 20))
     with pytest.raises(ValueError, match="a single image"):
@@ -273,14 +303,24 @@ def test_intervals_of_shares_are_wilsons(right: int, n: int) -> None:
     assert 0 <= interval.low <= interval.mean <= interval.high <= 1
 
 
+@pytest.fixture(scope="module")
+def others(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the photos: a test set whose images have themselves for neighbours."""
+    root = tmp_path_factory.mktemp("others")
+    for path in sorted(photos.rglob("*.png"))[::2]:
+        (root / path.parent.name).mkdir(exist_ok=True)
+        (root / path.parent.name / path.name).write_bytes(path.read_bytes())
+    return root
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_one_command_fills_the_table_and_a_second_one_reads_the_cache(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [sys.executable, ROOT / "training/evaluate.py", "pixels:8"]
-    arguments += ["--train", photos, "--test", photos, "--out", tmp_path, "--k", "1", "5", "--shots", "2", "50%"]
+    arguments += ["--train", photos, "--test", others, "--out", tmp_path, "--k", "1", "5", "--shots", "2", "50%"]
     finished = subprocess.run([*map(str, arguments), "--draws", "2"], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     written = json.loads((tmp_path / "results.json").read_text())
@@ -295,7 +335,7 @@ def test_one_command_fills_the_table_and_a_second_one_reads_the_cache(
     options = Options(
         models=("pixels:8",),
         train=str(photos),
-        test=str(photos),
+        test=str(others),
         out=tmp_path,
         settings=Settings(k=(1, 5), shots=("2", "50%"), draws=2),
     )
@@ -303,23 +343,29 @@ def test_one_command_fills_the_table_and_a_second_one_reads_the_cache(
     assert [row["value"] for row in again] == [row["value"] for key, row in rows.items() if key[0] == "pixels:8"]
 
 
-def test_wrong_inputs_are_explained(photos: Path, tmp_path: Path) -> None:
+def test_wrong_inputs_are_explained(photos: Path, others: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({}, "give --data DIR .*missing: train"),
         ({"protocols": ("reconstruction",)}, "missing: test"),
         ({"data": tmp_path}, "holds no train"),
-        ({"train": str(photos / "class0"), "test": str(photos / "class0")}, "one class"),
+        ({"train": str(photos / "class0"), "test": str(others / "class0")}, "one class"),
         ({"train": str(photos), "test": str(photos / "class0")}, "the classes differ"),
-        ({"train": str(photos), "test": str(photos), "groups": r"/(\d+)"}, "share 24 groups"),
-        ({"train": str(photos), "test": str(photos)}, "k is 10, 20, 100, 200: it must be between 1 and the 24"),
+        ({"train": str(photos), "test": str(others), "groups": r"/(\d+)"}, "share 12 groups"),
+        ({"train": str(photos), "test": str(photos)}, "are the same images"),
+        ({"data": tmp_path, "test": str(photos)}, "give either --data or"),
+        ({"train": str(photos), "test": str(others), "protocols": ("reconstruction",)}, "pixels:4 cannot rebuild"),
+        (
+            {"train": str(photos), "test": str(others), "settings": Settings()},
+            r"--k is .* at most the 24 training images",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
-            main(Options(models=("pixels:4",), out=tmp_path / "out", **changes))  # type: ignore[arg-type]
+            main(Options(**{"models": ("pixels:4",), "out": tmp_path / "out", "settings": Settings(k=(1,)), **changes}))  # type: ignore[arg-type]
 
 
-def test_splits_are_found_in_a_folder(photos: Path, tmp_path: Path) -> None:
+def test_splits_are_found_in_a_folder(photos: Path, others: Path, tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(photos)
-    (tmp_path / "test").symlink_to(photos)
+    (tmp_path / "test").symlink_to(others)
     options = Options(
         models=("vit_pico_patch8_pmae@random",),
         data=tmp_path,
@@ -328,7 +374,7 @@ def test_splits_are_found_in_a_folder(photos: Path, tmp_path: Path) -> None:
         settings=Settings(k=(1,)),
     )
     found = evaluate(options)
-    assert found["data"]["test"]["images"] == 24
+    assert found["data"]["test"]["images"] == 12
     assert [row["features"] for row in found["results"]] == ["cls", "avg", "cls+avg"]
 
 

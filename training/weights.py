@@ -53,17 +53,14 @@ def open_run(folder: Path) -> tuple[MaskedAutoencoder, Recipe]:
 
     Raises:
         FileNotFoundError: If it left none.
+        RuntimeError: If its files do not fit its recipe.
     """
     encoder_file, decoder_file = (folder / f"{part}.safetensors" for part in ("encoder", "decoder"))
     for file in (encoder_file, decoder_file):
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file; a run writes it at its end")
-    encoder = timm.create_model(
-        read_recipe(decoder_file).model,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(encoder_file)},
-        num_classes=0,
-    )
+    encoder = timm.create_model(read_recipe(decoder_file).model, pretrained=False, num_classes=0)
+    encoder.load_state_dict(load_file(encoder_file))
     return load_autoencoder(encoder, decoder_file)
 
 

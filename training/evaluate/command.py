@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from perceptual_mae_models.features import FeatureExtractor, Precision
+from perceptual_mae_models.features import FeatureExtractor, Precision, default_device
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
-from training.evaluate.models import open_model
+from training.evaluate.models import open_autoencoder, open_model
 from training.evaluate.protocols import ON_FEATURES, Settings, run_reconstruction
 from training.evaluate.split import check_pair, name_groups
 from training.run.folder import versions
@@ -38,6 +38,10 @@ class Options:
     """Instead of --data: labelled images to learn from; a folder, .tar, .tar.gz, idx file or hf: data set."""
     test: str | None = None
     """Instead of --data: labelled images to be judged by."""
+    train_split: str = "train"
+    """Split of --train, where that is an hf: data set."""
+    test_split: str = "test"
+    """Split of --test, where that is an hf: data set."""
     protocols: tuple[Literal["knn", "linear", "few_shot", "reconstruction"], ...] = ("knn", "linear", "few_shot")
     """What to run; reconstruction needs a decoder."""
     out: Path = Path("evaluation")
@@ -77,15 +81,40 @@ def open_sources(options: Options) -> dict[str, ImageSource]:
         FileNotFoundError: If they are missing.
         ValueError: If it is not said where they are.
     """
-    if options.data:
-        places = {"train": find_split(options.data, ("train",)), "test": find_split(options.data, ("val", "test"))}
-    else:
-        given = {"train": options.train, "test": options.test}
-        places = {split: place for split, place in given.items() if place}
     wanted = ("train", "test") if set(options.protocols) & ON_FEATURES.keys() else ("test",)
-    if missing := [split for split in wanted if split not in places]:
-        raise ValueError(f"give --data DIR with train and val in it, or --train and --test (missing: {missing[0]})")
-    return {split: ImageSource(places[split]) for split in wanted}
+    given = {"train": options.train, "test": options.test}
+    if options.data:
+        if options.train or options.test:
+            raise ValueError("give either --data or --train and --test")
+        names = {"train": ("train",), "test": ("val", "test")}
+        given = {split: find_split(options.data, names[split]) for split in wanted}
+    splits = {"train": options.train_split, "test": options.test_split}
+    sources = {}
+    for split in wanted:
+        place = given[split]
+        if place is None:
+            raise ValueError(f"give --data DIR with train and val in it, or --train and --test (missing: {split})")
+        sources[split] = ImageSource(place, split=splits[split])
+    return sources
+
+
+def check_before(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> None:
+    """Refuse at once what would fail after hours.
+
+    Raises:
+        ValueError: If test images are the training images, k is too large, or a model has no decoder to rebuild with.
+    """
+    if "train" in sources and prints["train"] == prints["test"]:
+        raise ValueError("--train and --test are the same images: nothing would follow from such a test")
+    if "knn" in options.protocols and not 1 <= min(options.settings.k) <= max(options.settings.k) <= len(
+        sources["train"]
+    ):
+        raise ValueError(
+            f"--k is {options.settings.k}: at least 1 and at most the {len(sources['train'])} training images"
+        )
+    if "reconstruction" in options.protocols:
+        for name in options.models:
+            open_autoencoder(name)
 
 
 def load_features(extractor: FeatureExtractor, source: ImageSource, options: Options) -> Features:
@@ -122,34 +151,41 @@ def judge_features(name: str, sources: dict[str, ImageSource], options: Options)
 def judge_reconstruction(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[dict[str, Any]]:
     """Reconstructions of the test images, where that is asked for."""
     if "reconstruction" in options.protocols:
-        for row in run_reconstruction(name, sources["test"], options.settings, options.batch_size):
+        device = options.device or default_device()
+        for row in run_reconstruction(name, sources["test"], options.settings, options.batch_size, device):
             yield {"model": name, "features": "", **dataclasses.asdict(row)}
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Run everything; the content of results.json.
+    """Run everything and write results.json; returns its content.
 
     Raises:
         ValueError: If models, images or settings do not allow it.
         FileNotFoundError: If images or weights are missing.
+        RuntimeError: If weights do not fit.
         ImageError: If an image does not decode.
     """
     sources = open_sources(options)
-    results = []
-    for name in options.models:
-        for judge in (judge_features, judge_reconstruction):
-            for result in judge(name, sources, options):
-                results.append(result)
-                print(show(result), flush=True)
-    return {
+    prints = {split: fingerprint_data(source) for split, source in sources.items()}
+    check_before(options, sources, prints)
+    found: dict[str, Any] = {
         "data": {
-            split: {"name": Path(source.spec).name, "images": len(source), "fingerprint": fingerprint_data(source)}
+            split: {"name": Path(source.spec).name, "images": len(source), "fingerprint": prints[split]}
             for split, source in sources.items()
         },
         "settings": dataclasses.asdict(options.settings),
-        "results": results,
         "versions": {**versions(), "scikit-learn": version("scikit-learn")},
+        "results": [],
     }
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.models:
+        for judge in (judge_features, judge_reconstruction):
+            for result in judge(name, sources, options):
+                found["results"].append(result)
+                print(show(result), flush=True)
+        # after each model: what is found stays, whatever happens to the next
+        (options.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def show(result: dict[str, Any]) -> str:
@@ -164,9 +200,7 @@ def show(result: dict[str, Any]) -> str:
 def main(options: Options) -> None:
     """Evaluate, print, write."""
     try:
-        results = evaluate(options)
-    except (ValueError, FileNotFoundError, ImageError) as error:
+        found = evaluate(options)
+    except (ValueError, OSError, RuntimeError, ImageError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{options.out / 'results.json'}: {len(results['results'])} figures")
+    print(f"{options.out / 'results.json'}: {len(found['results'])} figures")

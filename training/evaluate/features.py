@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +22,8 @@ from training.data.images import ImageSource
 from training.run.checkpoint import write_atomically
 
 IMAGES_A_FILE = 4096
+IMAGES_READ = 50_000
+"""To tell one set of images from another."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def extract(
 
     Raises:
         ImageError: At an image that does not decode: an accuracy over fewer images is another one.
+        ValueError: If a feature is not finite.
     """
     folder = cache and cache / f"{fingerprint_model(extractor)}-{fingerprint_data(source)}"
     views, rows = _Views(source, extractor), []
@@ -95,6 +99,11 @@ def extract(
             continue
         part = Subset(views, range(start, min(start + IMAGES_A_FILE, len(source))))
         features = torch.cat(list(_encode(extractor, part, batch_size, workers)))
+        if broken := int((~features.isfinite()).any(dim=1).sum()):
+            name = extractor.metadata["model"]
+            raise ValueError(
+                f"{name} gives features that are not finite for {broken} images: damaged weights, or --dtype"
+            )
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, {"features": features}, extractor.metadata)
@@ -116,8 +125,10 @@ def _encode(
 
 
 def fingerprint_model(extractor: FeatureExtractor) -> str:
-    """Sixteen hexadecimal digits that change with the weights, the transform, the pooling or the arithmetic."""
-    digest = hashlib.sha256(repr((extractor.transform, extractor.pool, extractor.dtype)).encode())
+    """Sixteen hexadecimal digits that change with architecture, weights, transform, pooling and arithmetic."""
+    model = extractor.model  # its text shows what weights do not: activations, strides, epsilons
+    facts = (model, extractor.metadata["model"], extractor.transform, extractor.pool, extractor.dtype, timm.__version__)
+    digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in extractor.model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -125,11 +136,14 @@ def fingerprint_model(extractor: FeatureExtractor) -> str:
 
 
 def fingerprint_data(source: ImageSource) -> str:
-    """Sixteen hexadecimal digits that change with the names, the labels or, of 64 images of each set, the content."""
+    """Sixteen hexadecimal digits that change with names, labels or content; of huge sets every so manieth image's."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(f"{source.name(index)}\n".encode("utf-8", "surrogateescape"))
-    digest.update(repr((source.labels, source.classes)).encode())
-    for index in range(0, len(source), max(1, len(source) // 64)):
+    try:
+        digest.update(repr((source.labels, source.classes)).encode())
+    except ValueError:  # without labels it is a set of images still
+        digest.update(b"no labels")
+    for index in range(0, len(source), 1 + len(source) // IMAGES_READ):
         digest.update(source.reader.read(index))
     return digest.hexdigest()[:16]

@@ -55,6 +55,8 @@ def few_shot(train: Features, test: Features, amount: str, *, draws: int = 5, se
     Raises:
         ValueError: See `draw_shots`.
     """
+    if draws < 1:
+        raise ValueError(f"--draws is {draws}: it must be at least 1")
     standardise, generator = Standardise.of(train.rows), torch.Generator().manual_seed(seed)
     known, tested = standardise(train.rows), standardise(test.rows).numpy()
     accuracies = []

@@ -20,7 +20,10 @@ class Interval:
 
 
 def mean_interval(values: list[float]) -> Interval:
-    """Student's interval of the mean of accuracies of independent draws; without width for a single one."""
+    """Student's interval of the mean accuracy over draws of training images; without width for a single one.
+
+    The test images are the same in all: what another test set would give is not in it.
+    """
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, mean, mean)

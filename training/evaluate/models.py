@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from perceptual_mae_models.features import FeatureExtractor, Precision
+from perceptual_mae_models.features import FeatureExtractor, Precision, check_model_name
 from training.networks.autoencoder import MaskedAutoencoder
 from training.recipes import Recipe
 from training.weights import open_embedded, open_run
@@ -95,8 +95,14 @@ def open_autoencoder(name: str) -> tuple[MaskedAutoencoder, Recipe]:
     """
     architecture, _, weights = name.partition("@")
     try:
-        if weights == RANDOM:
-            raise FileNotFoundError("its weights are random")
-        return open_run(Path(weights).parent) if weights else open_embedded(architecture)
-    except (FileNotFoundError, RuntimeError) as error:
+        if not weights:
+            check_model_name(architecture)
+            return open_embedded(architecture)
+        if Path(weights).name != "encoder.safetensors":
+            raise FileNotFoundError("give the encoder.safetensors of a run's folder")
+        network, recipe = open_run(Path(weights).parent)
+        if recipe.model != architecture:
+            raise FileNotFoundError(f"the run trained {recipe.model}")
+        return network, recipe
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
         raise ValueError(f"{name} cannot rebuild images, because it has no decoder: {error}") from error

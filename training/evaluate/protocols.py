@@ -94,9 +94,12 @@ def run_few_shot(train: Features, test: Features, settings: Settings) -> Iterato
         )
 
 
-def run_reconstruction(name: str, images: ImageSource, settings: Settings, batch_size: int) -> Iterator[Row]:
+def run_reconstruction(
+    name: str, images: ImageSource, settings: Settings, batch_size: int, device: str
+) -> Iterator[Row]:
     """Reconstruction, of the test images alone."""
     network, recipe = open_autoencoder(name)
+    network.to(device)
     started = time.monotonic()
     measured = measure_reconstruction(network, recipe, images, seed=settings.seed, batch_size=batch_size)
     seconds = time.monotonic() - started

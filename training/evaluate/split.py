@@ -6,7 +6,9 @@ together (crops of one photograph, frames of a film, a patient's slides) stay on
 
 import re
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
 from torch import Tensor
 
@@ -40,15 +42,17 @@ def check_pair(train: Features, test: Features) -> None:
     """Refuse a pair of sets from which no accuracy follows.
 
     Raises:
-        ValueError: If classes differ, if there are less than two, or if a group is in both.
+        ValueError: If classes differ, are less than two or not all to be learned, or if a group is in both.
     """
     if train.classes != test.classes:
         only = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train))]
         raise ValueError(f"the classes differ: only in --train {only[0][:5]}, only in --test {only[1][:5]}")
     if len(train.classes) < 2:
         raise ValueError(f"--train has one class, {train.classes[0] or 'no folders'}: put each class into a folder")
-    missing = [name for label, name in enumerate(train.classes) if not (train.labels == label).any()]
-    if missing:
+    if min(train.labels.min(), test.labels.min()) < 0:
+        raise ValueError("some images have negative labels, by which data sets mark hidden ones: use another split")
+    known, asked = set(train.labels.tolist()), set(test.labels.tolist())
+    if missing := [train.classes[label] for label in sorted(asked - known)]:
         raise ValueError(f"--train has no image of {', '.join(missing[:5])}")
     shared = set(train.groups or ()) & set(test.groups or ())
     if shared:
@@ -71,18 +75,28 @@ def hold_back(features: Features, share: float, seed: int) -> tuple[Tensor, Tens
     Raises:
         ValueError: If a class has a single image or group.
     """
+    if not 0 < share <= 0.5:
+        raise ValueError(f"--hold-back is {share}: it must be above 0 and at most 0.5")
     labels = features.labels.numpy()
-    few = features.labels.bincount(minlength=len(features.classes)).min()
-    if few < 2:
+    if features.labels.unique(return_counts=True)[1].min() < 2:
         raise ValueError("a class of --train has a single image: none can be held back to choose hyper-parameters with")
     if features.groups is None:
-        held = max(len(features.classes), round(share * len(labels)))  # a class at least once
+        held = max(len(set(labels.tolist())), round(share * len(labels)))
         splitter = StratifiedShuffleSplit(1, test_size=held, random_state=seed)
         fit, rest = next(splitter.split(labels, labels))
     else:
-        if len(set(features.groups)) < 2:
-            raise ValueError("all images of --train belong to one group: none can be held back")
-        folds = min(round(1 / share), len(set(features.groups)))
-        by_group = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        fit, rest = next(by_group.split(labels, labels, features.groups))
+        fit, rest = _hold_groups_back(features, share, seed)
     return torch.as_tensor(fit).sort().values, torch.as_tensor(rest).sort().values
+
+
+def _hold_groups_back(features: Features, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    labels, groups = features.labels.numpy(), features.groups
+    folds = min(round(1 / share), len(set(groups or ())))
+    if folds < 2:
+        raise ValueError("all images of --train belong to one group: none can be held back")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    whole = [cut for cut in splitter.split(labels, labels, groups) if set(labels[cut[0]]) == set(labels)]
+    if not whole:
+        raise ValueError("a class of --train is in too few groups to hold one back and still learn it")
+    wanted = share * len(labels)
+    return min(whole, key=lambda cut: abs(len(cut[1]) - wanted))
