@@ -7,7 +7,7 @@ import torch
 
 from training import pretrain
 from training.benchmark import kinds_of_step
-from training.cost import count_gflop, matmul_peak, measure_cost
+from training.cost import _count_kept, count_gflop, matmul_peak, measure_cost
 from training.recipes import METHODS, mae, stylegan2_ada_p
 
 
@@ -37,6 +37,22 @@ def test_memory_grows_with_what_is_kept() -> None:
     costs = [measure_cost(METHODS[name]("vit_pico_patch8_pmae")) for name in ("mae", "ls_gan_p", "msg_gan_p")]
     kept = [cost.activation_bytes for cost in costs]
     assert 0 < kept[0] < kept[1] < kept[2]
+
+
+@pytest.mark.parametrize("method", ["mae", "ls_gan_p"])
+def test_memory_an_image_is_what_another_image_adds(method: str) -> None:
+    recipe = replace(METHODS[method]("vit_pico_patch8_pmae"), precision="bf16")
+    cost, kept = measure_cost(recipe), [_count_kept(recipe, samples) for samples in (16, 24)]
+    assert kept[1] - kept[0] == pytest.approx(8 * cost.activation_bytes, rel=1e-3)
+    assert kept[0] == pytest.approx(16 * cost.activation_bytes + cost.cast_bytes, rel=1e-3)
+    assert kept[0] == _count_kept(recipe, 16)
+
+
+def test_steps_before_the_discriminator_cost_what_the_autoencoder_does() -> None:
+    recipe = METHODS["ls_gan_p"]("vit_pico_patch8_pmae")
+    before = sum(count_gflop(recipe, before_start=True).values())
+    assert before == pytest.approx(sum(count_gflop(METHODS["mae"]("vit_pico_patch8_pmae")).values()))
+    assert before < 0.9 * sum(count_gflop(recipe).values())
 
 
 @pytest.mark.parametrize("method", ["mae", "stylegan2_ada_p"])

@@ -133,5 +133,5 @@ def test_sources_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no image found"):
         ImageSource(empty)
     (tmp_path / "photos.zip").touch()
-    with pytest.raises(ValueError, match=r"uncompressed \.tar"):
+    with pytest.raises(ValueError, match=r"a folder of images or a \.tar"):
         ImageSource(tmp_path / "photos.zip")

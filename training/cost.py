@@ -7,8 +7,8 @@ counted within seconds and without its memory.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,9 @@ class Cost:
     gflop: dict[str, float]
     """10^9 floating point operations (a multiply-add is two) by part of the step."""
     activation_bytes: int
-    """Kept between forward and backward pass."""
+    """Most that is kept for backward passes at once, an image; steps with a lazy penalty need more."""
+    cast_bytes: int
+    """The same whatever the batch: weights cast or scaled for the pass."""
     parameters: dict[str, int]
     """Numbers by network."""
     state_bytes: int
@@ -55,7 +57,7 @@ def measure_cost(recipe: Recipe) -> Cost:
         ValueError: If the recipe's model is unknown or cannot be pretrained.
     """
     recipe = _without_timm_phi(recipe)
-    _, activation_bytes = _count_pass(_without_lazy_terms(recipe), fused=True)
+    few, many = (_count_kept(_without_lazy_terms(recipe), samples) for samples in (8, 16))
     with fake_team(recipe) as team:
         networks: dict[str, nn.Module] = {
             "encoder": team.network.encoder,
@@ -64,16 +66,31 @@ def measure_cost(recipe: Recipe) -> Cost:
         }
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     learned = sum(parameters.values())
-    averaged = parameters["encoder"] + parameters["decoder"] if recipe.ema_decay else 0
-    return Cost(count_gflop(recipe), activation_bytes, parameters, 4 * (4 * learned + averaged))
+    copies = parameters["encoder"] + parameters["decoder"] if recipe.ema_decay else 0
+    if getattr(recipe, "phi", "") == "snapshot":
+        copies += parameters["discriminator"]
+    return Cost(count_gflop(recipe), (many - few) // 8, max(0, 2 * few - many), parameters, 4 * (4 * learned + copies))
 
 
 @functools.cache
-def count_gflop(recipe: Recipe) -> dict[str, float]:
-    """10^9 floating point operations an image and step, by part; see `Cost`."""
+def count_gflop(recipe: Recipe, *, before_start: bool = False) -> dict[str, float]:
+    """10^9 floating point operations an image and step, by part; see `Cost`.
+
+    Args:
+        recipe: Of the step.
+        before_start: Of a step before `adversarial_start`.
+    """
     recipe = _without_timm_phi(recipe)
-    gflop, _ = _count_pass(recipe)
-    if isinstance(recipe, AdversarialRecipe):
+    gflop: dict[str, float] = {}
+    # torch has formulas for plain arithmetic
+    with fake_team(recipe) as team, _FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
+
+        def mark(part: str) -> None:
+            if flops := counter.pop():
+                gflop[part] = gflop.get(part, 0.0) + flops / 1e9 / _SAMPLES
+
+        _fake_pass(recipe, _SAMPLES, team, mark, plain=before_start)
+    if isinstance(recipe, AdversarialRecipe) and not before_start:
         gflop |= {p.name: gflop[p.name] / p.every for p in penalties(recipe) if p.every}
     return gflop
 
@@ -111,7 +128,12 @@ def describe(recipe: Recipe, *, num_images: int, per_device: int, peak_tflops: f
         utilisation: Share of the peak that the run reaches.
     """
     cost, steps = measure_cost(recipe), recipe.num_steps(num_images)
-    hours = cost.gflop_per_image * 1e9 * steps * recipe.batch_size / (peak_tflops * 1e12 * utilisation) / 3600
+    plain_steps = min(steps, getattr(recipe, "adversarial_start", 0))
+    gflop = cost.gflop_per_image * (steps - plain_steps)
+    if plain_steps:
+        gflop += sum(count_gflop(recipe, before_start=True).values()) * plain_steps
+    hours = gflop * 1e9 * recipe.batch_size / (peak_tflops * 1e12 * utilisation) / 3600
+    fixed, image = cost.state_bytes + cost.cast_bytes, cost.activation_bytes
     lines = [f"{name:<20} {value}" for name, value in dataclasses.asdict(recipe).items()]
     lines += ["", "parameters (10^6)"]
     lines += [f"  {name:<18} {number / 1e6:.1f}" for name, number in cost.parameters.items()]
@@ -120,9 +142,9 @@ def describe(recipe: Recipe, *, num_images: int, per_device: int, peak_tflops: f
     lines += [
         f"  {'all':<18} {cost.gflop_per_image:.2f}",
         "",
-        f"memory per device    {cost.state_bytes / 2**30:.2f} GiB of weights, gradients and optimiser state"
-        f" + {per_device} images of {cost.activation_bytes / 2**20:.1f} MiB"
-        f" = {(cost.state_bytes + per_device * cost.activation_bytes) / 2**30:.2f} GiB, before torch's own overhead",
+        f"memory per device    {fixed / 2**30:.2f} GiB of weights, gradients and optimiser state"
+        f" + {per_device} images of {image / 2**20:.1f} MiB"
+        f" = {(fixed + per_device * image) / 2**30:.2f} GiB, before torch's own overhead",
         f"steps                {steps} of {recipe.batch_size} images; {num_images} images an epoch",
         f"device hours         {hours:.1f} at {utilisation:.0%} of {peak_tflops:g} TFLOP/s",
     ]
@@ -141,35 +163,58 @@ def fake_team(recipe: Recipe) -> Iterator[Team]:
         yield create_team(recipe, torch.device("cpu"), encoder=encoder)
 
 
-def _count_pass(recipe: Recipe, *, fused: bool = False) -> tuple[dict[str, float], int]:
-    """GFLOP by part and bytes kept for the backward pass, for one image of a step in which every penalty is due."""
-    recipe = replace(recipe, batch_size=_SAMPLES)
-    # torch has formulas for plain arithmetic, and only fused attention keeps as little as a run does
-    attention = nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
-    gflop: dict[str, float] = {}
-    kept: dict[int, int] = {}
+def _fake_pass(recipe: Recipe, samples: int, team: Team, mark: Callable[[str], None], *, plain: bool = False) -> None:
+    """A step in which every penalty is due, on fake tensors; `plain`: as before the discriminator starts."""
+    images = torch.zeros(samples, 3, *team.network.image_size)
+    draws = draw(replace(recipe, batch_size=samples), 0, team.network, slice(0, samples))
+    if team.adversary and not plain:
+        adversarial_pass(team, team.adversary, images, draws, 0, 1.0, mark)
+    else:
+        plain_pass(team, images, draws, 1.0)
+        mark("autoencoder")
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
 
-    with fake_team(recipe) as team, _FlopCounter() as counter, attention:
-        images = torch.zeros(_SAMPLES, 3, *team.network.image_size)
-        draws = draw(recipe, 0, team.network, slice(0, _SAMPLES))
-
-        def mark(part: str) -> None:
-            gflop[part] = gflop.get(part, 0.0) + counter.pop() / 1e9 / _SAMPLES
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            if team.adversary:
-                adversarial_pass(team, team.adversary, images, draws, 0, 1.0, mark)
-            else:
-                plain_pass(team, images, draws, 1.0)
-                mark("autoencoder")
+def _count_kept(recipe: Recipe, samples: int) -> int:
+    """Most bytes that autograd keeps at once in a step, weights themselves left out."""
+    with fake_team(recipe) as team:
         weights = {p.untyped_storage()._cdata for module in team.modules().values() for p in module.parameters()}
-    kept_bytes = sum(size for storage, size in kept.items() if storage not in weights)
-    return {part: value for part, value in gflop.items() if value}, kept_bytes // _SAMPLES
+        ledger = _Ledger(weights)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(ledger, tensor), lambda kept: kept.tensor):
+            _fake_pass(recipe, samples, team, lambda part: None)
+    return ledger.most
+
+
+class _Ledger:
+    """Counts the storages that autograd holds on to: each once, while anybody holds it.
+
+    Args:
+        free: Storages that do not count.
+    """
+
+    def __init__(self, free: set[int]) -> None:
+        self.free = free
+        self.holders: dict[int, int] = {}
+        self.live = self.most = 0
+
+    def change(self, tensor: Tensor, by: int) -> None:
+        """One holder more or less."""
+        storage = tensor.untyped_storage()
+        before = self.holders.get(storage._cdata, 0)
+        self.holders[storage._cdata] = before + by
+        if storage._cdata not in self.free and 0 in (before, before + by):
+            self.live += by * storage.nbytes()
+            self.most = max(self.most, self.live)
+
+
+class _Kept:
+    """A tensor that autograd keeps; it leaves the books with the graph."""
+
+    def __init__(self, ledger: _Ledger, tensor: Tensor) -> None:
+        self.ledger, self.tensor = ledger, tensor
+        ledger.change(tensor, 1)
+
+    def __del__(self) -> None:
+        self.ledger.change(self.tensor, -1)
 
 
 class _FlopCounter(TorchDispatchMode):

@@ -161,7 +161,7 @@ def optimise(
         max_broken=output.max_broken,
         draw=lambda path: grid.save(team.exported, path),
         clock=clock,
-        utilisation=peak_share(recipe, accelerator),
+        utilisation=peak_share(recipe, accelerator, steps.start),
     )
     with StopRequest(accelerator) as stop:
         for step, batch in zip(steps, loader, strict=True):
@@ -169,6 +169,8 @@ def optimise(
             torch.manual_seed(derive_seed(recipe.seed, "network", step, rank))
             images = batch.images.to(device, non_blocking=True).float() / 255  # (N, 3, H, W) in [0, 1]
             draws = draw(recipe, step, network, share).to(device)
+            if step and step == getattr(recipe, "adversarial_start", 0):
+                record.utilisation = peak_share(recipe, accelerator, step)
             clock.mark("data")
             for scheduler in schedulers:
                 scheduler.step_update(step)
@@ -197,12 +199,15 @@ def distribute(team: Team, accelerator: Accelerator, runtime: Runtime) -> None:
     team.reduce_mean = lambda value: accelerator.reduce(value, reduction="mean")
 
 
-def peak_share(recipe: Recipe, accelerator: Accelerator) -> float:
-    """Share of all processors' matrix-product peak that one image a second takes; only the main process needs it."""
+def peak_share(recipe: Recipe, accelerator: Accelerator, step: int) -> float:
+    """Share of all processors' matrix-product peak that one image a second takes, from `step` on.
+
+    Only the main process needs it.
+    """
     if not accelerator.is_main_process:
         return 0.0
     peak = matmul_peak(accelerator.device, recipe.precision) * accelerator.num_processes
-    return sum(count_gflop(recipe).values()) / peak
+    return sum(count_gflop(recipe, before_start=step < getattr(recipe, "adversarial_start", 0)).values()) / peak
 
 
 def phi_refresh_steps(recipe: Recipe, num_images: int | None) -> int:
