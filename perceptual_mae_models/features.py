@@ -238,8 +238,7 @@ class FeatureExtractor:
         return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
 
     def _pool(self, encoded: Tensor, pixels: Tensor) -> Tensor:
-        maps = encoded
-        prefix = 0
+        maps, prefix = encoded, 0
         if encoded.ndim == 3:
             prefix = getattr(self.model, "num_prefix_tokens", 0)
         elif self._channels_last:

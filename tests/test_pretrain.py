@@ -180,6 +180,14 @@ def test_workers_and_logging_do_not_change_the_result(photos: Path, straight: Pa
     assert_same_files(out, straight)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiling_changes_rounding_only(photos: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compiled"
+    finished = run("mae", "--data", photos, "--out", out, *TINY, "--steps", 8, "--ema-decay", 0.9, "--compile")
+    assert finished.returncode == 0, finished.stderr
+    assert losses(out) == pytest.approx(losses(straight), rel=1e-4)
+
+
 def test_two_processes_follow_one(photos: Path, straight: Path, tmp_path: Path) -> None:
     """Losses and gradients of the joined batch, and so the weights, up to the order of float additions."""
     out = tmp_path / "two"

@@ -128,7 +128,7 @@ class LinearResult:
     """(N,) whether each test image is classified rightly."""
     learning_rate: float
     held_back_accuracy: dict[float, float]
-    """In [0, 1], by learning rate: what the rate was chosen by."""
+    """In [0, 1], by learning rate; see `choose` for how one is chosen."""
 
 
 def linear_probe(

@@ -12,6 +12,7 @@
 from pathlib import Path
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from perceptual_mae_models.features import FeatureExtractor, Precision, check_model_name
@@ -36,8 +37,8 @@ class Pixels(nn.Module):
             "input_size": (3, size, size),
             "crop_pct": 1.0,
             "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
         }
 
     def forward_features(self, images: Tensor) -> Tensor:
