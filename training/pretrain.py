@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from timm.scheduler import CosineLRScheduler
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
@@ -41,6 +40,7 @@ from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.run.checkpoint import CheckpointError, load_checkpoint
 from training.run.clock import StepClock
+from training.run.engine import create_accelerator
 from training.run.folder import RunError, create_run_folder, find_checkpoint, versions
 from training.run.record import Intervals, RunRecord
 from training.run.seeding import derive_seed
@@ -84,14 +84,7 @@ def pretrain(config: Config) -> None:
         Interrupted: If a signal asked the run to stop; its checkpoint is written.
     """
     recipe, runtime, (feed, out) = config.recipe, config.runtime, config.places
-    # without cpu=True, accelerate takes the processes of a launcher on a machine without GPUs for single ones
-    use_cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=use_cpu,
-        log_with=list(runtime.track) or None,
-        project_config=ProjectConfiguration(project_dir=str(out)),
-    )
+    accelerator = create_accelerator(out, device=runtime.device, track=runtime.track)
     check_batch(recipe, runtime, accelerator.num_processes)
     source = feed.open()
     team = create_team(recipe, accelerator.device)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from training.data.images import ImageSource
 from training.evaluate.features import Features
 from training.evaluate.few_shot import few_shot
-from training.evaluate.intervals import Interval, mean_interval, sample_interval, share_interval
+from training.evaluate.intervals import mean_interval, sample_interval, share_interval
 from training.evaluate.knn import knn_predict
 from training.evaluate.linear import linear_probe
 from training.evaluate.models import open_autoencoder
 from training.evaluate.reconstruction import measure_reconstruction
+from training.evaluate.rows import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +31,6 @@ class Settings:
     """Few-shot: draws of training images; the interval is over them."""
     seed: int = 0
     """Decides draws, orders, what is held back, and the weights of random models."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One figure."""
-
-    protocol: str
-    setting: str
-    metric: str
-    """accuracy, in [0, 1]; of reconstructions l1, psnr (decibel), ssim, ms_ssim."""
-    value: Interval
-    """With its 95 % interval: over the test images, or over the draws."""
-    seconds: float
-    """Of the protocol, features not counted; shared by the rows of one call."""
-    detail: dict[str, object]
 
 
 def run_knn(train: Features, test: Features, settings: Settings) -> Iterator[Row]:

@@ -40,9 +40,9 @@ class RunRecord:
         intervals: How often to log, checkpoint and draw.
         keep: Checkpoints to keep.
         max_broken: Stop when a larger share of the images did not decode.
-        draw: Writes a picture to the given path.
         clock: Marked by the loop; its shares go into the metrics.
-        utilisation: Share of the processors' matrix-product peak that one image a second uses.
+        draw: Writes a picture to the given path; None: there are no pictures.
+        utilisation: Share of the processors' matrix-product peak that one image a second uses; None: not known.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class RunRecord:
         intervals: Intervals,
         keep: int,
         max_broken: float,
-        draw: Callable[[Path], None],
         clock: StepClock,
-        utilisation: float,
+        draw: Callable[[Path], None] | None = None,
+        utilisation: float | None = None,
     ) -> None:
         self.out, self.accelerator = out, accelerator
         self.modules, self.optimizers = modules, optimizers
@@ -142,7 +142,7 @@ class RunRecord:
             **dict(zip(names, means.tolist(), strict=True)),
             "lr": self.lr,
             "images_per_second": speed,
-            "utilisation": speed * self.utilisation,
+            **({} if self.utilisation is None else {"utilisation": speed * self.utilisation}),
             **{f"share/{part}": share for part, share in self.clock.pop_shares().items()},
             "seconds": now - self.started,
             "broken": self.broken,
@@ -162,7 +162,7 @@ class RunRecord:
             )
 
     def _draw(self) -> None:
-        if self.accelerator.is_main_process and self.intervals.grid:
+        if self.draw and self.accelerator.is_main_process and self.intervals.grid:
             self.draw(self.out / "grids" / f"step_{self.step:08d}.png")
 
     def _save(self) -> None:
