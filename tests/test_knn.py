@@ -35,6 +35,22 @@ def test_equals_brute_force(k: int) -> None:
     assert predicted.tolist() == [brute_force(bank, labels, query, k, 0.07, 4) for query in queries]
 
 
+def test_leaving_one_out_equals_a_bank_without_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, labels = torch.randn(30, 6, generator=generator), torch.randint(4, (30,), generator=generator)
+    expected = []
+    for index in range(30):
+        others = torch.arange(30) != index
+        expected.append(knn_predict(bank[others], labels[others], bank[[index]], [7])[7])
+    for chunk in (8, 1024):
+        found = knn_predict(bank, labels, bank, [7, 29], leave_one_out=True, chunk=chunk)[7]
+        assert torch.equal(found, torch.cat(expected))
+    with pytest.raises(ValueError, match="between 1 and the 29 bank entries"):
+        knn_predict(bank, labels, bank, [30], leave_one_out=True)
+    with pytest.raises(ValueError, match="29 queries are not the bank of 30"):
+        knn_predict(bank, labels, bank[1:], [7], leave_one_out=True)
+
+
 def test_near_neighbours_outvote_many_far_ones() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     labels = torch.tensor([0, 1, 1, 1])

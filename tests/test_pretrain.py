@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from perceptual_mae_models.features import FeatureExtractor
 from training import compare, pretrain
+from training.data.images import ImageSource
+from training.evaluate.features import extract
+from training.evaluate.knn import knn_predict
+from training.evaluate.monitor import KnnMonitor, spread
 from training.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +101,34 @@ def assert_same_files(a: Path, b: Path) -> None:
         assert left.keys() == right.keys()
         different = [key for key in left if not torch.equal(left[key], right[key])]
         assert not different
+
+
+def accuracies(out: Path) -> dict[float, float]:
+    """k-NN accuracies by step."""
+    return {line["step"]: line["knn"] for line in metrics(out) if "knn" in line}
+
+
+def knn_of(weights: Path, held_out: Path, bank: Path | None = None) -> float:
+    """The same figure from the exported file, by way of the evaluation's own functions."""
+    extractor, source = FeatureExtractor("vit_pico_patch8_pmae", checkpoint=weights), ImageSource(held_out)
+    rows, labels = extract(extractor, source), torch.tensor(source.labels)
+    others = ImageSource(bank) if bank else source
+    known = extract(extractor, others), torch.tensor(others.labels)
+    found = knn_predict(*known, rows, [20], leave_one_out=bank is None)[20]
+    return (found == labels).double().mean().item()
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 images, two classes whose colours overlap; not those of `photos`."""
+    root, rng = tmp_path_factory.mktemp("held_out"), np.random.default_rng(1)
+    for number in range(26):
+        pixels = rng.integers(0, 226, (5, 6, 3)) + np.array([30, 0, 0]) * (number % 2)
+        folder = root / f"class{number % 2}"
+        folder.mkdir(exist_ok=True)
+        coarse = Image.fromarray(pixels.astype(np.uint8))
+        coarse.resize((80, 96), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -188,11 +222,14 @@ def test_compiling_changes_rounding_only(photos: Path, straight: Path, tmp_path:
     assert losses(out) == pytest.approx(losses(straight), rel=1e-4)
 
 
-def test_two_processes_follow_one(photos: Path, straight: Path, tmp_path: Path) -> None:
+def test_two_processes_follow_one(photos: Path, held_out: Path, straight: Path, tmp_path: Path) -> None:
     """Losses and gradients of the joined batch, and so the weights, up to the order of float additions."""
     out = tmp_path / "two"
-    finished = run("mae", "--data", photos, "--out", out, *TINY, "--steps", 8, "--ema-decay", 0.9, processes=2)
+    arguments = (*TINY, "--steps", 8, "--ema-decay", 0.9, "--knn-data", held_out, "--knn-every", 1)
+    finished = run("mae", "--data", photos, "--out", out, *arguments, processes=2)
     assert finished.returncode == 0, finished.stderr
+    assert list(accuracies(out)) == [3, 6, 8]
+    assert accuracies(out)[8] == knn_of(out / "encoder.safetensors", held_out)
     for one, two in zip(metrics(straight), metrics(out), strict=True):
         for name in ("loss", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-4)
@@ -266,3 +303,113 @@ def test_a_share_of_broken_images_is_skipped_and_too_many_stop(
     assert metrics(tmp_path / "tolerant")[-1]["broken"] == 1
     said = fail_here(*arguments, "--out", tmp_path / "strict", "--max-broken", 0)
     assert "did not decode, more than --max-broken 0" in said
+
+
+# --- held-out images -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def watched(photos: Path, held_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`straight` once more, with k-NN every epoch of three steps."""
+    out = tmp_path_factory.mktemp("runs") / "watched"
+    arguments = (*TINY, "--steps", 8, "--ema-decay", 0.9, "--log-every", 4, "--checkpoint-every", 6)
+    run_here("mae", "--data", photos, "--out", out, *arguments, "--knn-data", held_out, "--knn-every", 1)
+    return out
+
+
+def test_watching_a_run_changes_nothing_in_it(watched: Path, straight: Path) -> None:
+    assert_same_files(watched, straight)
+    assert [line["step"] for line in metrics(watched)] == [3, 4, 6, 8], "measurements bring log lines"
+    assert metrics(watched)[1]["loss"] == losses(straight)[3], "and windows end with them"
+
+
+def test_held_out_images_are_measured_every_epoch_and_at_the_end(watched: Path, held_out: Path) -> None:
+    assert list(accuracies(watched)) == [3, 6, 8]
+    assert accuracies(watched)[8] == knn_of(watched / "encoder.safetensors", held_out), "of the average, as exported"
+    panels = Image.open(watched / "curves.png").height // 260
+    assert panels == 4, "losses, gradient norms, accuracies, speed"
+
+
+def test_a_watched_run_goes_on_with_the_same_figures(
+    photos: Path, held_out: Path, watched: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "resumed"
+    shutil.copytree(watched, out)
+    for path in ("checkpoints/step_00000008", "encoder.safetensors"):
+        shutil.rmtree(out / path) if (out / path).is_dir() else (out / path).unlink()
+    arguments = (*TINY, "--steps", 8, "--ema-decay", 0.9, "--log-every", 4, "--checkpoint-every", 6)
+    arguments = (*arguments, "--resume", "auto", "--knn-data", held_out, "--knn-every", 1)
+    run_here("mae", "--data", photos, "--out", out, *arguments)
+    assert_same_files(out, watched)
+    assert accuracies(out) == accuracies(watched)
+
+
+def test_the_monitor_equals_the_evaluation_and_leaves_no_trace(
+    photos: Path, held_out: Path, watched: Path, tmp_path: Path
+) -> None:
+    encoder = timm.create_model("vit_pico_patch8_pmae", pretrained=False, num_classes=0, drop_path_rate=0.5)
+    encoder.load_state_dict(load_file(watched / "encoder.safetensors"))
+    encoder.train()
+    bank = tmp_path / "bank"
+    for path in (*photos.rglob("class0/*"), *photos.rglob("class1/*")):
+        (bank / path.parent.name).mkdir(parents=True, exist_ok=True)
+        for copy in range(2):  # more than 20 neighbours
+            shutil.copy(path, bank / path.parent.name / f"{path.stem}_{copy}.png")
+    state = {key: value.clone() for key, value in encoder.state_dict().items()}
+    for others in (None, bank):
+        generator = torch.get_rng_state()
+        knn = KnnMonitor(encoder, ImageSource(held_out), ImageSource(others) if others else None)
+        found = knn(encoder), knn(encoder)
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert found == (knn_of(watched / "encoder.safetensors", held_out, others),) * 2
+    assert all(module.training for module in encoder.modules())
+    assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_of_many_images_evenly_spaced_ones_are_kept() -> None:
+    labels = torch.tensor([1, 0] * 300 + [2] * 200)
+    kept = spread(labels, 80)
+    assert labels[kept].bincount().tolist() == [30, 30, 20]
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert spread(labels, 800).tolist() == list(range(800))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--knn-data", "nowhere"), "--knn-data nowhere: no such folder"),
+        (("--knn-data", "{held_out}/class0"), "has one class"),
+        (("--knn-data", "{photos}"), "holds images of --data"),
+        (("--knn-data", "{photos}", "--data", "{photos}/class0"), "holds images of --data"),
+        (("--knn-data", "{few}"), "5 neighbours are too few"),
+        (("--knn-data", "{copy}"), "holds images of --data"),
+        (("--knn-data", "{held_out}", "--knn-bank", "{held_out}"), "holds images of --knn-bank"),
+        (("--knn-data", "{held_out}", "--knn-bank", "{photos}"), "do not hold the same classes"),
+        (("--knn-data", "{held_out}", "--knn-every", 0), "--knn-every is 0: it must be above 0"),
+        (("--knn-bank", "{held_out}"), "--knn-bank holds neighbours of --knn-data"),
+        (("--knn-data", "{held_out}", "--data", "hf-stream:webdataset:{tar}"), "--knn-every counts epochs"),
+    ],
+)
+def test_held_out_images_that_say_nothing_stop_the_run_before_it(
+    change: tuple[object, ...],
+    message: str,
+    photos: Path,
+    held_out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"photos": photos, "held_out": held_out, "few": tmp_path / "few", "copy": tmp_path / "copy"}
+    shutil.copytree(photos, places["copy"])
+    for path in sorted(held_out.rglob("*.png"))[10:16]:
+        (places["few"] / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, places["few"] / path.parent.name)
+    if "hf-stream" in str(change):
+        pytest.importorskip("datasets")
+        places["tar"] = tmp_path / "photos.tar"
+        with tarfile.open(places["tar"], "w") as tar:
+            for path in photos.rglob("*.png"):
+                tar.add(path, path.name)
+    change = tuple(str(part).format(**places) for part in change)
+    said = fail_here("mae", "--data", photos, "--out", tmp_path / "out", *TINY, "--steps", 1, *change)
+    assert message in " ".join((said + capsys.readouterr().err).split())
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 """The command line: the recipe decides the result; what is here does not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,29 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """What a run measures of its features while they are learned; the weights do not change by it."""
+
+    knn_data: str | None = None
+    """Labelled images that --data does not hold, to measure k-NN accuracy on: a folder, .tar, idx file or hf: data set.
+    Of more than 20,000, evenly spaced ones. The main process keeps them in memory."""
+    knn_every: float = 5
+    """Epochs between measurements; the last step is always measured."""
+    knn_bank: str | None = None
+    """Labelled images to be their neighbours; by default each is classified by all others of --knn-data."""
+    knn_split: str = "validation"
+    """Split of --knn-data, where that is an hf: data set."""
+    knn_bank_split: str = "train"
+    """Split of --knn-bank, where that is an hf: data set."""
+
+    def __post_init__(self) -> None:
+        if self.knn_every <= 0:
+            raise ValueError(f"--knn-every is {self.knn_every:g}: it must be above 0")
+        if self.knn_bank is not None and self.knn_data is None:
+            raise ValueError("--knn-bank holds neighbours of --knn-data: give that too")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What --dry-run assumes."""
 
@@ -92,6 +115,7 @@ class Config:
     runtime: tyro.conf.OmitArgPrefixes[Runtime]
     output: tyro.conf.OmitArgPrefixes[Output]
     estimate: tyro.conf.OmitArgPrefixes[Estimate]
+    monitor: tyro.conf.OmitArgPrefixes[Monitor] = field(default_factory=Monitor)
 
     @property
     def places(self) -> tuple[Feed, Path]:

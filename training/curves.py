@@ -11,6 +11,7 @@ _PANELS = {
     "discriminator's loss": ("loss_d", "loss_d/"),
     "gradient norm": ("grad_norm", "grad_norm_d"),
     "logits, p of the augmentation": ("logits/", "ada_"),
+    "accuracy of held-out images": ("knn",),
     "images per second": ("images_per_second",),
 }
 

@@ -1,4 +1,4 @@
-"""What frozen features are worth: any encoders, any labelled images, one table.
+"""What representations are worth: any encoders, any images, one table.
 
     python training/evaluate.py vit_pico_patch8_pmae vit_pico_patch8_pmae@random pixels:16 --data photos/
 
@@ -8,7 +8,8 @@
 import tyro
 
 try:
-    from training.evaluate.command import Options, main
+    from training.evaluate.command import main
+    from training.evaluate.options import Options
 except ModuleNotFoundError as error:
     raise SystemExit(f"evaluate.py: {error}: pip install 'perceptual-mae-models[evaluate]'") from error
 

@@ -12,13 +12,14 @@ The recipe of the embedded weights, and the paper's best method for ImageNet on 
 
 `--dry-run` says what a command would do and cost. A killed run goes on with the same command and `--resume auto`, and
 ends with the same bits. A run folder holds `recipe.json`, `metrics.jsonl`, `checkpoints/`, `grids/` and, at the end,
-`curves.png`, `encoder.safetensors` and `decoder.safetensors`.
+`curves.png`, `encoder.safetensors` and `decoder.safetensors`. `--knn-data` names labelled images on which the features
+are measured on the way.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from training.data.feed import batches, describe_data, num_images, preview
 from training.data.images import ImageSource
 from training.data.stream import ImageStream
 from training.draws import draw
+from training.evaluate.monitor import IMAGES_KEPT, KnnMonitor, check_held_out
 from training.grids import FixedGrid
 from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import METHODS, AdversarialRecipe, Recipe
@@ -96,6 +98,7 @@ def pretrain(config: Config) -> None:
         "versions": versions(),
     }
     checkpoint = find_checkpoint(out, description, resume=config.output.resume == "auto")
+    measure = create_measure(config, source, team, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()  # nobody may find the folder that this very run creates
     if accelerator.is_main_process:
         create_run_folder(out, description)
@@ -105,7 +108,7 @@ def pretrain(config: Config) -> None:
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}
     if checkpoint:
         progress = load_checkpoint(checkpoint, team.modules(), team.optimizers())
-    progress = optimise(config, accelerator, source, team, total_steps, progress)
+    progress = optimise(config, accelerator, source, team, total_steps, progress, measure)
     if accelerator.is_main_process:
         save_run_weights(out, team.exported, recipe, progress)
         save_curves(out / "metrics.jsonl", out / "curves.png")
@@ -119,6 +122,7 @@ def optimise(
     team: Team,
     total_steps: int,
     progress: dict[str, Any],
+    measure: Callable[[], dict[str, float]] | None,
 ) -> dict[str, Any]:
     """The loop: batch, step, record; from `progress["step"]` to `total_steps`.
 
@@ -129,7 +133,7 @@ def optimise(
         RunError: If images or losses do not allow to go on.
         Interrupted: If a signal asked the run to stop; its checkpoint is written.
     """
-    recipe, runtime, output, network = config.recipe, config.runtime, config.output, team.network
+    recipe, runtime, network = config.recipe, config.runtime, team.network
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     steps = range(progress["step"], total_steps)
     loader = batches(
@@ -140,30 +144,14 @@ def optimise(
     schedulers = [create_scheduler(optimizer, recipe, total_steps) for optimizer in team.optimizers().values()]
     distribute(team, accelerator, runtime)
     refresh_every = phi_refresh_steps(recipe, num_images(source))
-    grid, clock = FixedGrid(preview(source, 8), network, recipe), StepClock(device)
-    record = RunRecord(
-        config.places[1],
-        accelerator,
-        team.modules(),
-        team.optimizers(),
-        progress,
-        total_steps=total_steps,
-        batch_size=recipe.batch_size,
-        intervals=Intervals(log=output.log_every, checkpoint=output.checkpoint_every, grid=output.grid_every),
-        keep=output.keep_checkpoints,
-        max_broken=output.max_broken,
-        draw=lambda path: grid.save(team.exported, path),
-        clock=clock,
-        utilisation=peak_share(recipe, accelerator, steps.start),
-    )
+    clock = StepClock(device)
+    record = create_record(config, accelerator, source, team, total_steps, progress, measure, clock)
     with StopRequest(accelerator) as stop:
         for step, batch in zip(steps, loader, strict=True):
             # what a network draws for itself (drop path) is the same after a restart and different on every process
             torch.manual_seed(derive_seed(recipe.seed, "network", step, rank))
             images = batch.images.to(device, non_blocking=True).float() / 255  # (N, 3, H, W) in [0, 1]
             draws = draw(recipe, step, network, share).to(device)
-            if step and step == getattr(recipe, "adversarial_start", 0):
-                record.utilisation = peak_share(recipe, accelerator, step)
             clock.mark("data")
             for scheduler in schedulers:
                 scheduler.step_update(step)
@@ -180,6 +168,69 @@ def optimise(
     return record.close()
 
 
+def create_record(
+    config: Config,
+    accelerator: Accelerator,
+    source: ImageSource | ImageStream,
+    team: Team,
+    total_steps: int,
+    progress: dict[str, Any],
+    measure: Callable[[], dict[str, float]] | None,
+    clock: StepClock,
+) -> RunRecord:
+    """What keeps the run folder up to date, as the command asks for it."""
+    recipe, output = config.recipe, config.output
+    grid = FixedGrid(preview(source, 8), team.network, recipe)
+    return RunRecord(
+        config.places[1],
+        accelerator,
+        team.modules(),
+        team.optimizers(),
+        progress,
+        total_steps=total_steps,
+        batch_size=recipe.batch_size,
+        intervals=Intervals(
+            log=output.log_every,
+            checkpoint=output.checkpoint_every,
+            grid=output.grid_every,
+            measure=knn_steps(config, num_images(source)),
+        ),
+        keep=output.keep_checkpoints,
+        max_broken=output.max_broken,
+        clock=clock,
+        draw=lambda path: grid.save(team.exported, path),
+        measure=measure,
+        utilisation=peak_share(recipe, accelerator),
+    )
+
+
+def create_measure(
+    config: Config, source: ImageSource | ImageStream, team: Team, *, main: bool
+) -> Callable[[], dict[str, float]] | None:
+    """The metrics of held-out images, where the command names some; images are decoded on the main process alone.
+
+    Raises:
+        ValueError: If nothing follows from these images, or epochs cannot be counted.
+        FileNotFoundError: If there are none.
+        ImageError: If one does not decode.
+    """
+    monitor = config.monitor
+    if monitor.knn_data is None:
+        return None
+    knn_steps(config, num_images(source))
+    held_out, bank = ImageSource(monitor.knn_data, split=monitor.knn_split, flag="--knn-data"), None
+    if monitor.knn_bank is not None:
+        bank = ImageSource(monitor.knn_bank, split=monitor.knn_bank_split, flag="--knn-bank")
+    check_held_out(held_out, bank, source if isinstance(source, ImageSource) else None)
+    if not main:
+        return lambda: {}
+    for kept in (held_out, *([bank] if bank else [])):
+        if len(kept) > IMAGES_KEPT:
+            print(f"k-NN: {IMAGES_KEPT} of the {len(kept)} images of {kept.spec}, evenly spaced", file=sys.stderr)
+    knn = KnnMonitor(team.exported.encoder, held_out, bank, workers=config.runtime.workers)
+    return lambda: {"knn": knn(team.exported.encoder)}
+
+
 def distribute(team: Team, accelerator: Accelerator, runtime: Runtime) -> None:
     """Have the team's passes go through compiled and distributed networks, and its sums over all processes."""
     team.network.grad_checkpointing = runtime.grad_checkpointing
@@ -192,15 +243,19 @@ def distribute(team: Team, accelerator: Accelerator, runtime: Runtime) -> None:
     team.reduce_mean = lambda value: accelerator.reduce(value, reduction="mean")
 
 
-def peak_share(recipe: Recipe, accelerator: Accelerator, step: int) -> float:
-    """Share of all processors' matrix-product peak that one image a second takes, from `step` on.
+def peak_share(recipe: Recipe, accelerator: Accelerator) -> Callable[[int], float]:
+    """Share of all processors' matrix-product peak that one image a second takes, by the step it is in.
 
     Only the main process needs it.
     """
     if not accelerator.is_main_process:
-        return 0.0
+        return lambda step: 0.0
     peak = matmul_peak(accelerator.device, recipe.precision) * accelerator.num_processes
-    return sum(count_gflop(recipe, before_start=step < getattr(recipe, "adversarial_start", 0)).values()) / peak
+    after = before = sum(count_gflop(recipe).values()) / peak
+    start = getattr(recipe, "adversarial_start", 0)
+    if start:
+        before = sum(count_gflop(recipe, before_start=True).values()) / peak
+    return lambda step: before if step < start else after
 
 
 def phi_refresh_steps(recipe: Recipe, num_images: int | None) -> int:
@@ -211,9 +266,29 @@ def phi_refresh_steps(recipe: Recipe, num_images: int | None) -> int:
     """
     if not isinstance(recipe, AdversarialRecipe) or recipe.phi != "snapshot":
         return 0
+    return steps_of("--phi-refresh", recipe.phi_refresh, num_images, recipe.batch_size)
+
+
+def knn_steps(config: Config, num_images: int | None) -> int:
+    """Steps between measurements of held-out images; 0: there are none.
+
+    Raises:
+        ValueError: If the size of the data set is not known.
+    """
+    if config.monitor.knn_data is None:
+        return 0
+    return steps_of("--knn-every", config.monitor.knn_every, num_images, config.recipe.batch_size)
+
+
+def steps_of(flag: str, epochs: float, num_images: int | None, batch_size: int) -> int:
+    """Steps that epochs take, at least one.
+
+    Raises:
+        ValueError: If the size of the data set is not known; names the flag.
+    """
     if num_images is None:
-        raise ValueError("--phi-refresh counts epochs, and this stream does not know its size: give --epoch-images")
-    return max(1, round(recipe.phi_refresh * num_images / recipe.batch_size))
+        raise ValueError(f"{flag} counts epochs, and this stream does not know its size: give --epoch-images")
+    return max(1, round(epochs * num_images / batch_size))
 
 
 def dry_run(config: Config) -> str:

@@ -26,6 +26,7 @@ class ImageSource:
         cache: Keep every decoded image in memory, 4 bytes a pixel; each loader process keeps its own.
         split: Split of a Hugging Face data set.
         column: Its image column, where it has several.
+        flag: What the user gave `spec` by, for messages.
 
     Raises:
         FileNotFoundError: If `spec` does not exist or holds no image.
@@ -33,13 +34,19 @@ class ImageSource:
     """
 
     def __init__(
-        self, spec: str | Path, *, cache: bool = False, split: str = "train", column: str | None = None
+        self,
+        spec: str | Path,
+        *,
+        cache: bool = False,
+        split: str = "train",
+        column: str | None = None,
+        flag: str = "--data",
     ) -> None:
         self.spec = str(spec)
         try:
             self.reader = open_reader(self.spec, split=split, column=column)
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"--data {error}") from error
+            raise type(error)(f"{flag} {error}") from error
         self.decoded: dict[int, Image.Image] | None = {} if cache else None
 
     def __len__(self) -> int:

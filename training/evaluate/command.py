@@ -1,62 +1,42 @@
-"""The command `training/evaluate.py`: models x representations x protocols on one pair of labelled sets.
+"""The command `training/evaluate.py`: models x protocols, on labelled images or on data of a protocol's own.
 
-Features are kept below `--out`, so a second call, or one after an interruption, computes only what is missing.
-`results.json` holds every figure with its interval, seed and cost.
+Features and runs are kept below `--out`, so a second call, or one after an interruption, computes only what is missing.
+`results.json` holds every figure with its interval, seed and cost, `report.html` shows them.
 """
 
 import dataclasses
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 
-from perceptual_mae_models.features import FeatureExtractor, Precision, default_device
+from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
-from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
-from training.evaluate.models import open_autoencoder, open_model
-from training.evaluate.protocols import ON_FEATURES, Settings, run_reconstruction
-from training.evaluate.split import check_pair, name_groups
-from training.run.folder import versions
+from training.evaluate.detection import run_detection
+from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model, fingerprint_weights
+from training.evaluate.finetune import classify, fine_tune, run_finetune
+from training.evaluate.models import describe_model, open_autoencoder, open_model
+from training.evaluate.options import DENSE, LABELLED, Options
+from training.evaluate.protocols import ON_FEATURES
+from training.evaluate.fidelity import run_reconstruction
+from training.evaluate.report import write_report
+from training.evaluate.rows import Row
+from training.evaluate.segmentation import run_segmentation
+from training.evaluate.shift import Classifiers, linear_classifiers, run_shift
+from training.evaluate.split import check_pair, find_duplicates, name_groups
+from training.run.checkpoint import CheckpointError
+from training.run.folder import RunError, versions
+from training.run.signals import EXIT_INTERRUPTED, Interrupted
 
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to evaluate, and how."""
-
-    models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """timm names, hf-hub: ids, NAME@FILE, NAME@random, pixels:16."""
-    data: Path | None = None
-    """A folder with train and val (or test) in it: folders or tars."""
-    train: str | None = None
-    """Instead of --data: labelled images to learn from; a folder, .tar, .tar.gz, idx file or hf: data set."""
-    test: str | None = None
-    """Instead of --data: labelled images to be judged by."""
-    train_split: str = "train"
-    """Split of --train, where that is an hf: data set."""
-    test_split: str = "test"
-    """Split of --test, where that is an hf: data set."""
-    protocols: tuple[Literal["knn", "linear", "few_shot", "reconstruction"], ...] = ("knn", "linear", "few_shot")
-    """What to run; reconstruction needs a decoder."""
-    out: Path = Path("evaluation")
-    """Where results.json and the features go."""
-    groups: str | None = None
-    """Regular expression whose group names what an image belongs to (patient, film): never on both sides of a cut."""
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
-    batch_size: int = 128
-    """Images a forward pass; changes the speed only."""
-    workers: int = 0
-    """Processes that decode images."""
-    device: str | None = None
-    """By default a GPU where there is one."""
-    dtype: Precision = "float32"
-    """Arithmetic of the encoders."""
+Result = dict[str, Any]
+"""A row of results.json."""
 
 
 def find_split(data: Path, names: tuple[str, ...]) -> str:
@@ -75,13 +55,14 @@ def find_split(data: Path, names: tuple[str, ...]) -> str:
 
 
 def open_sources(options: Options) -> dict[str, ImageSource]:
-    """The `test` images and, where a protocol learns from any, the `train` images.
+    """The `test` images and, where a protocol learns classes, the `train` images; none for dense protocols.
 
     Raises:
         FileNotFoundError: If they are missing.
         ValueError: If it is not said where they are.
     """
-    wanted = ("train", "test") if set(options.protocols) & ON_FEATURES.keys() else ("test",)
+    asked = set(options.protocols)
+    wanted = ("train", "test") if asked & LABELLED else ("test",) if "reconstruction" in asked else ()
     given = {"train": options.train, "test": options.test}
     if options.data:
         if options.train or options.test:
@@ -102,7 +83,8 @@ def check_before(options: Options, sources: dict[str, ImageSource], prints: dict
     """Refuse at once what would fail after hours.
 
     Raises:
-        ValueError: If test images are the training images, k is too large, or a model has no decoder to rebuild with.
+        ValueError: If test images are the training images, k is too large, a model has no decoder to rebuild with, data
+            of a dense protocol are not given, or a protocol of one process is asked of several.
     """
     if "train" in sources and prints["train"] == prints["test"]:
         raise ValueError("--train and --test are the same images: nothing would follow from such a test")
@@ -115,6 +97,12 @@ def check_before(options: Options, sources: dict[str, ImageSource], prints: dict
     if "reconstruction" in options.protocols:
         for name in options.models:
             open_autoencoder(name)
+    for protocol in sorted(DENSE & set(options.protocols)):
+        if getattr(options, protocol).data is None:
+            raise ValueError(f"--protocols {protocol}: say on which images, by --{protocol}.data")
+    alone = set(options.protocols) - DENSE - {"finetune"}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and alone:
+        raise ValueError(f"--protocols {' '.join(sorted(alone))}: run these in one process, not under a launcher")
 
 
 def load_features(extractor: FeatureExtractor, source: ImageSource, options: Options) -> Features:
@@ -130,67 +118,158 @@ def load_features(extractor: FeatureExtractor, source: ImageSource, options: Opt
     return Features(rows, torch.tensor(source.labels), tuple(source.classes), groups)
 
 
-def judge_features(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[dict[str, Any]]:
-    """Every protocol on every representation of a model: what it learned from `train`, it shows on `test`."""
+def judge_features(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
+    """Every protocol on every representation of a frozen model: what it learned from `train`, it shows on `test`."""
     protocols = [protocol for protocol in options.protocols if protocol in ON_FEATURES]
-    if not protocols:
+    shifts = "shift" in options.protocols and not ("finetune" in options.protocols and not protocols)
+    if not protocols and not shifts:
         return
-    extractor, representations = open_model(
-        name, device=options.device, dtype=options.dtype, seed=options.settings.seed
-    )
+    settings, place = options.settings, options.place
+    extractor, representations = open_model(name, device=place.device, dtype=options.dtype, seed=settings.seed)
     started = time.monotonic()
     train, test = (load_features(extractor, sources[split], options) for split in ("train", "test"))
     check_pair(train, test)
     facts = {"fingerprint": fingerprint_model(extractor), "extraction_seconds": time.monotonic() - started}
     for representation, columns in representations.items():
         for protocol in protocols:
-            for row in ON_FEATURES[protocol](train.columns(columns), test.columns(columns), options.settings):
-                yield {"model": name, "features": representation, **dataclasses.asdict(row), **facts}
+            for row in ON_FEATURES[protocol](train.columns(columns), test.columns(columns), settings):
+                yield result_of(name, row, representation, facts)
+    if shifts:
+        probes = linear_classifiers(
+            extractor,
+            train,
+            representations,
+            place,
+            epochs=settings.epochs,
+            share=settings.hold_back,
+            seed=settings.seed,
+        )
+        for representation, row in run_shift(probes, sources["test"], options.shift, place, seed=settings.seed):
+            yield result_of(name, row, representation, facts)
 
 
-def judge_reconstruction(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[dict[str, Any]]:
+def judge_finetuned(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
+    """The model with all its weights learning from `train`, on `test` and on what `shift` makes of it."""
+    if "finetune" not in options.protocols or name.startswith("pixels:"):
+        return
+    train, test, seed, place = sources["train"], sources["test"], options.settings.seed, options.place
+    tuned = fine_tune(name, train, options.finetune, seed, place)
+    for row in run_finetune(tuned, test, place):
+        yield result_of(name, row)
+    if "shift" in options.protocols:
+        classifiers = Classifiers(
+            kind="finetune",
+            classes=tuple(train.classes),
+            logits=lambda source: {"": classify(tuned.network, source, place)},
+            fingerprint=fingerprint_weights(tuned.network),
+            facts={"": {}},
+        )
+        for _, row in run_shift(classifiers, test, options.shift, place, seed=seed):
+            yield result_of(name, row)
+
+
+def judge_reconstruction(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
     """Reconstructions of the test images, where that is asked for."""
     if "reconstruction" in options.protocols:
-        device = options.device or default_device()
-        for row in run_reconstruction(name, sources["test"], options.settings, options.batch_size, device):
-            yield {"model": name, "features": "", **dataclasses.asdict(row)}
+        seed, place = options.settings.seed, options.place
+        for row in run_reconstruction(name, sources["test"], options.reconstruction, seed, place):
+            yield result_of(name, row)
+
+
+def judge_dense(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
+    """Segmentation and detection, where they are asked for."""
+    if "segmentation" in options.protocols:
+        for row in run_segmentation(name, options.segmentation, options.place):
+            yield result_of(name, row)
+    if "detection" in options.protocols:
+        for row in run_detection(name, options.detection, options.place):
+            yield result_of(name, row)
+
+
+JUDGES = (judge_features, judge_finetuned, judge_reconstruction, judge_dense)
+
+
+def result_of(name: str, row: Row, representation: str = "", facts: dict[str, Any] | None = None) -> Result:
+    """A figure with whose it is."""
+    return {"model": name, "features": representation, **dataclasses.asdict(row), **(facts or {})}
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Run everything and write results.json; returns its content.
+    """Run everything, write results.json and report.html; returns the content of the first.
 
     Raises:
         ValueError: If models, images or settings do not allow it.
         FileNotFoundError: If images or weights are missing.
-        RuntimeError: If weights do not fit.
+        RuntimeError: If weights do not fit, or a loss is not finite.
         ImageError: If an image does not decode.
+        Interrupted: If a signal asked what is trained to stop; the same command goes on.
     """
     sources = open_sources(options)
     prints = {split: fingerprint_data(source) for split, source in sources.items()}
     check_before(options, sources, prints)
+    writes = os.environ.get("RANK", "0") == "0"
+    duplicates = find_duplicates(sources["train"], sources["test"]) if "train" in sources else None
+    if duplicates and duplicates.images and writes:
+        print(duplicates)
     found: dict[str, Any] = {
-        "data": {
-            split: {"name": Path(source.spec).name, "images": len(source), "fingerprint": prints[split]}
-            for split, source in sources.items()
-        },
-        "settings": dataclasses.asdict(options.settings),
+        "data": describe_data(options, sources, prints),
+        "duplicates": duplicates and dataclasses.asdict(duplicates),
+        "settings": describe_settings(options),
         "versions": {**versions(), "scikit-learn": version("scikit-learn")},
+        "models": {},
         "results": [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        for judge in (judge_features, judge_reconstruction):
+        found["models"][name] = describe_model(name)
+        for judge in JUDGES:
             for result in judge(name, sources, options):
                 found["results"].append(result)
-                print(show(result), flush=True)
+                if writes:
+                    print(show(result), flush=True)
         # after each model: what is found stays, whatever happens to the next
-        (options.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+        if writes:
+            write(found, options.out)
     return found
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """Write results.json and report.html."""
+    partial = out / ".partial_results.json"
+    partial.write_text(json.dumps(found, indent=2) + "\n")
+    partial.replace(out / "results.json")
+    write_report([(out / "results.json", found)], out / "report.html")
+
+
+def describe_data(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> dict[str, Any]:
+    """What was evaluated on: by split, and by protocol where that has data of its own."""
+    described: dict[str, Any] = {
+        split: {"name": Path(source.spec).name, "images": len(source), "fingerprint": prints[split]}
+        for split, source in sources.items()
+    }
+    for protocol in sorted(DENSE & set(options.protocols)):
+        described[protocol] = {"name": Path(getattr(options, protocol).data).name}
+    return described
+
+
+def describe_settings(options: Options) -> dict[str, Any]:
+    """The settings of the protocols that run."""
+    described = dataclasses.asdict(options.settings)
+    for protocol in ("finetune", "shift", "reconstruction", "segmentation", "detection"):
+        if protocol in options.protocols:
+            described[protocol] = dataclasses.asdict(getattr(options, protocol))
+    return described
+
+
+SHARES = ("accuracy", "miou", "pixel_accuracy", "box_ap", "box_ap50", "mask_ap", "mask_ap50")
+"""Metrics that people read in per cent."""
 
 
 def show(result: dict[str, Any]) -> str:
     """One line of the table."""
-    scale, unit = {"accuracy": (100, "%"), "psnr": (1, "dB")}.get(result["metric"], (1, ""))
+    scale, unit = {**dict.fromkeys(SHARES, (100, "%")), "psnr": (1, "dB")}.get(
+        result["metric"], (1, "")
+    )
     digits = 1 if scale == 100 else 3
     mean, low, high = (f"{scale * result['value'][name]:.{digits}f}" for name in ("mean", "low", "high"))
     head = f"{result['model']:<44} {result['features']:<8} {result['protocol']:<14} {result['setting']:<8}"
@@ -201,6 +280,10 @@ def main(options: Options) -> None:
     """Evaluate, print, write."""
     try:
         found = evaluate(options)
-    except (ValueError, OSError, RuntimeError, ImageError) as error:
+    except Interrupted as interruption:
+        print(f"evaluate.py: stopped by {interruption}", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from interruption
+    except (ValueError, OSError, RuntimeError, RunError, CheckpointError, ImageError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
-    print(f"{options.out / 'results.json'}: {len(found['results'])} figures")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{options.out / 'results.json'}: {len(found['results'])} figures; {options.out / 'report.html'} shows them")

@@ -5,24 +5,25 @@ thousand images, written when complete: an interrupted extraction goes on where 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import timm
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from perceptual_mae_models.features import FeatureExtractor
+from perceptual_mae_models.features import FeatureExtractor, Transform
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.run.checkpoint import write_atomically
 
 IMAGES_A_FILE = 4096
-IMAGES_READ = 50_000
+IMAGES_READ = 100_000
 """To tell one set of images from another."""
 
 
@@ -53,8 +54,8 @@ class Features:
 
 
 class _Views(Dataset[Tensor | ImageError]):
-    def __init__(self, source: ImageSource, extractor: FeatureExtractor) -> None:
-        self.source, self.transform = source, extractor.transform
+    def __init__(self, source: ImageSource, transform: Transform) -> None:
+        self.source, self.transform = source, transform
 
     def __len__(self) -> int:
         return len(self.source)
@@ -64,6 +65,22 @@ class _Views(Dataset[Tensor | ImageError]):
             return self.transform(self.source.load(index))
         except ImageError as error:  # an exception would reach the main process as text
             return error
+
+
+def load_views(
+    source: ImageSource, transform: Transform, numbers: Sequence[int], batch_size: int, workers: int
+) -> Iterator[Tensor]:
+    """Batches of transformed images, (n, 3, H, W), in order.
+
+    Raises:
+        ImageError: At an image that does not decode: an accuracy over fewer images is another one.
+    """
+    part = Subset(_Views(source, transform), numbers)
+    loader: DataLoader[Any] = DataLoader(part, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    for batch in loader:
+        if broken := next((view for view in batch if isinstance(view, ImageError)), None):
+            raise broken
+        yield torch.stack(batch)
 
 
 def extract(
@@ -91,14 +108,15 @@ def extract(
         ValueError: If a feature is not finite.
     """
     folder = cache and cache / f"{fingerprint_model(extractor)}-{fingerprint_data(source)}"
-    views, rows = _Views(source, extractor), []
+    rows = []
     for start in range(0, len(source), IMAGES_A_FILE):
         file = folder and folder / f"{start:09d}.safetensors"
         if file and file.exists():
             rows.append(load_file(file)["features"])
             continue
-        part = Subset(views, range(start, min(start + IMAGES_A_FILE, len(source))))
-        features = torch.cat(list(_encode(extractor, part, batch_size, workers)))
+        numbers = range(start, min(start + IMAGES_A_FILE, len(source)))
+        batches = load_views(source, extractor.transform, numbers, batch_size, workers)
+        features = torch.cat([extractor.encode(images) for images in batches])
         if broken := int((~features.isfinite()).any(dim=1).sum()):
             name = extractor.metadata["model"]
             raise ValueError(
@@ -111,39 +129,52 @@ def extract(
     return torch.cat(rows)
 
 
-def _encode(
-    extractor: FeatureExtractor, views: Dataset[Tensor | ImageError], batch_size: int, workers: int
-) -> Iterator[Tensor]:
-    loader: DataLoader[Any] = DataLoader(views, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    for batch in loader:
-        images = []
-        for view in batch:
-            if isinstance(view, ImageError):
-                raise view
-            images.append(view)
-        yield extractor.encode(torch.stack(images))
-
-
 def fingerprint_model(extractor: FeatureExtractor) -> str:
     """Sixteen hexadecimal digits that change with architecture, weights, transform, pooling and arithmetic."""
     model = extractor.model  # its text shows what weights do not: activations, strides, epsilons
     facts = (model, extractor.metadata["model"], extractor.transform, extractor.pool, extractor.dtype, timm.__version__)
-    digest = hashlib.sha256(repr(facts).encode())
-    for name, tensor in extractor.model.state_dict().items():
+    return hashlib.sha256(repr((facts, fingerprint_weights(model))).encode()).hexdigest()[:16]
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits that change with names and values of a module's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over the files of a source, undecoded, says about it."""
+
+    fingerprint: str
+    """Sixteen hexadecimal digits that change with names, labels or content."""
+    digests: dict[int, bytes]
+    """Of the files by number: all of them, or of huge sets every so manieth."""
+
+
+_scans: WeakKeyDictionary[ImageSource, Scan] = WeakKeyDictionary()
+
+
+def scan_data(source: ImageSource) -> Scan:
+    """Read a source's files, once for each source; of more than `IMAGES_READ` evenly spaced ones."""
+    if source not in _scans:
+        digest = hashlib.sha256()
+        for index in range(len(source)):
+            digest.update(f"{source.name(index)}\n".encode("utf-8", "surrogateescape"))
+        try:
+            digest.update(repr((source.labels, source.classes)).encode())
+        except ValueError:  # without labels it is a set of images still
+            digest.update(b"no labels")
+        every = -(-len(source) // IMAGES_READ)
+        digests = {i: hashlib.sha256(source.reader.read(i)).digest() for i in range(0, len(source), every)}
+        digest.update(b"".join(digests.values()))
+        _scans[source] = Scan(digest.hexdigest()[:16], digests)
+    return _scans[source]
+
+
 def fingerprint_data(source: ImageSource) -> str:
-    """Sixteen hexadecimal digits that change with names, labels or content; of huge sets every so manieth image's."""
-    digest = hashlib.sha256()
-    for index in range(len(source)):
-        digest.update(f"{source.name(index)}\n".encode("utf-8", "surrogateescape"))
-    try:
-        digest.update(repr((source.labels, source.classes)).encode())
-    except ValueError:  # without labels it is a set of images still
-        digest.update(b"no labels")
-    for index in range(0, len(source), 1 + len(source) // IMAGES_READ):
-        digest.update(source.reader.read(index))
-    return digest.hexdigest()[:16]
+    """The fingerprint of `scan_data`."""
+    return scan_data(source).fingerprint

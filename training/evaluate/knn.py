@@ -30,6 +30,7 @@ def knn_predict(
     ks: Sequence[int],
     *,
     temperature: float = 0.07,
+    leave_one_out: bool = False,
     chunk: int = 1024,
 ) -> dict[int, Tensor]:
     """Classify by a vote of the k most similar bank entries, each weighted by exp(cosine / temperature).
@@ -38,23 +39,30 @@ def knn_predict(
         bank: (M, D) features with known labels, of any length.
         bank_labels: (M,) int64.
         queries: (N, D).
-        ks: Numbers of voters to try, each at most M.
+        ks: Numbers of voters to try, each at most M, or M - 1 with `leave_one_out`.
         temperature: DINO's is 0.07.
+        leave_one_out: The queries are the bank, in its order, and none votes for itself.
         chunk: Queries compared at a time; bounds memory to chunk * M floats.
 
     Returns:
         For each k, (N,) int64 predicted labels.
 
     Raises:
-        ValueError: If a k exceeds the bank.
+        ValueError: If a k exceeds the voters.
     """
-    if not 1 <= min(ks) <= max(ks) <= len(bank):
-        raise ValueError(f"k is {', '.join(map(str, ks))}: it must be between 1 and the {len(bank)} bank entries")
+    if leave_one_out and len(queries) != len(bank):
+        raise ValueError(f"{len(queries)} queries are not the bank of {len(bank)}")
+    others = len(bank) - 1 if leave_one_out else len(bank)
+    if not 1 <= min(ks) <= max(ks) <= others:
+        raise ValueError(f"k is {', '.join(map(str, ks))}: it must be between 1 and the {others} bank entries")
     bank = F.normalize(bank.float(), dim=1)
     num_classes = int(bank_labels.max()) + 1
     predictions: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in F.normalize(queries.float(), dim=1).split(chunk):
-        similarity, nearest = (part @ bank.T).topk(max(ks), dim=1)  # (n, k), most similar first
+    for number, part in enumerate(F.normalize(queries.float(), dim=1).split(chunk)):
+        similarity = part @ bank.T  # (n, M)
+        if leave_one_out:
+            similarity.diagonal(number * chunk).fill_(-torch.inf)
+        similarity, nearest = similarity.topk(max(ks), dim=1)  # (n, k), most similar first
         weights, voted = (similarity / temperature).exp(), bank_labels[nearest]
         for k, found in predictions.items():
             votes = torch.zeros(len(part), num_classes, device=bank.device)

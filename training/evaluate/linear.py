@@ -121,31 +121,37 @@ def choose(right: Tensor, losses: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class LinearResult:
-    """What a linear probe found."""
+class FittedProbe:
+    """A head whose learning rate was chosen."""
 
-    correct: Tensor
-    """(N,) whether each test image is classified rightly."""
+    probe: Probe
+    """That one head."""
     learning_rate: float
     held_back_accuracy: dict[float, float]
     """In [0, 1], by learning rate; see `choose` for how one is chosen."""
 
 
-def linear_probe(
+@dataclass(frozen=True)
+class LinearResult(FittedProbe):
+    """What a linear probe found."""
+
+    correct: Tensor
+    """(N,) whether each test image is classified rightly."""
+
+
+def fit_probe(
     train: Features,
-    test: Features,
     *,
     rates: tuple[float, ...] = LEARNING_RATES,
     epochs: int = 100,
     batch_size: int = 256,
     share: float = 0.1,
     seed: int = 0,
-) -> LinearResult:
-    """Choose a learning rate on a held-back part of `train`, train on all of it, test once.
+) -> FittedProbe:
+    """Choose a learning rate on a held-back part of `train`, train on all of it.
 
     Args:
         train: Features to learn from.
-        test: Features to be judged by.
         rates: To choose from.
         epochs: Passes over the features.
         batch_size: Rows a step.
@@ -161,4 +167,33 @@ def linear_probe(
     best = rates[choose(right, losses)]
     probe = train_probe(train, (best,), epochs=epochs, batch_size=batch_size, seed=seed)
     by_rate = dict(zip(rates, right.double().mean(dim=1).tolist(), strict=True))
-    return LinearResult(judge(probe, test)[0][0], best, by_rate)
+    return FittedProbe(probe, best, by_rate)
+
+
+def linear_probe(
+    train: Features,
+    test: Features,
+    *,
+    rates: tuple[float, ...] = LEARNING_RATES,
+    epochs: int = 100,
+    batch_size: int = 256,
+    share: float = 0.1,
+    seed: int = 0,
+) -> LinearResult:
+    """`fit_probe`, and one test.
+
+    Args:
+        train: Features to learn from.
+        test: Features to be judged by.
+        rates: To choose from.
+        epochs: Passes over the features.
+        batch_size: Rows a step.
+        share: Of `train` to hold back.
+        seed: Decides what is held back, and orders.
+
+    Raises:
+        ValueError: If nothing can be held back.
+    """
+    fitted = fit_probe(train, rates=rates, epochs=epochs, batch_size=batch_size, share=share, seed=seed)
+    correct = judge(fitted.probe, test)[0][0]
+    return LinearResult(fitted.probe, fitted.learning_rate, fitted.held_back_accuracy, correct)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from perceptual_mae_models.features import FeatureExtractor, Precision, check_model_name
 from training.networks.autoencoder import MaskedAutoencoder
@@ -83,6 +84,15 @@ def open_model(
     both.metadata = {**extractor.metadata, "pool": "cls+avg"}
     width = both.feature_shape[0] // 2
     return both, {"cls": slice(0, width), "avg": slice(width, None), "cls+avg": slice(None)}
+
+
+def describe_model(name: str) -> dict[str, int | float]:
+    """Parameters of the encoder, and 10^9 operations of a forward pass of one image (a product and its sum are two)."""
+    extractor, _ = open_model(name, device="cpu")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        extractor.model.forward_features(torch.zeros(1, 3, *extractor.input_size))
+    parameters = sum(parameter.numel() for parameter in extractor.model.parameters())
+    return {"parameters": parameters, "gflop": counter.get_total_flops() / 1e9}
 
 
 def open_autoencoder(name: str) -> tuple[MaskedAutoencoder, Recipe]:

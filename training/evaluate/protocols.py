@@ -4,14 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from training.data.images import ImageSource
 from training.evaluate.features import Features
 from training.evaluate.few_shot import few_shot
-from training.evaluate.intervals import mean_interval, sample_interval, share_interval
+from training.evaluate.intervals import mean_interval, share_interval
 from training.evaluate.knn import knn_predict
 from training.evaluate.linear import linear_probe
-from training.evaluate.models import open_autoencoder
-from training.evaluate.reconstruction import measure_reconstruction
 from training.evaluate.rows import Row
 
 
@@ -78,21 +75,6 @@ def run_few_shot(train: Features, test: Features, settings: Settings) -> Iterato
             seconds=seconds,
             detail={"accuracies": values},
         )
-
-
-def run_reconstruction(
-    name: str, images: ImageSource, settings: Settings, batch_size: int, device: str
-) -> Iterator[Row]:
-    """Reconstruction, of the test images alone."""
-    network, recipe = open_autoencoder(name)
-    network.to(device)
-    started = time.monotonic()
-    measured = measure_reconstruction(network, recipe, images, seed=settings.seed, batch_size=batch_size)
-    seconds = time.monotonic() - started
-    detail: dict[str, object] = {"mask_ratio": network.mask_ratio, "norm_pix_loss": recipe.norm_pix_loss}
-    for (place, metric), values in measured.items():
-        value = sample_interval(values)
-        yield Row(protocol="reconstruction", setting=place, metric=metric, value=value, seconds=seconds, detail=detail)
 
 
 ON_FEATURES: dict[str, Callable[[Features, Features, Settings], Iterator[Row]]] = {

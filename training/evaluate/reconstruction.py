@@ -5,19 +5,83 @@ which has no place in the image, the image with its visible patches pasted in. `
 patch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from training.data.images import ImageSource
-from training.grids import middle, reconstruct
+from training.evaluate.features import load_views
+from training.grids import labelled_rows, middle, reconstruct
 from training.losses.structural import WINDOW, ms_ssim_each, ssim_map
 from training.networks.autoencoder import MaskedAutoencoder, random_masking, unpatchify
 from training.recipes import Recipe
 from training.run.seeding import generator
 
 METRICS = ("l1", "psnr", "ssim", "ms_ssim")
+SHOWN = 8
+"""Images in a picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """A batch of images and what the network makes of them: (N, 3, H, W) in [0, 1] each."""
+
+    original: Tensor
+    masked: Tensor
+    """Hidden patches grey."""
+    pasted: Tensor
+    """Visible patches as they are, hidden ones predicted."""
+    rebuilt: Tensor
+    """Every patch predicted."""
+    hidden: Tensor
+    """(N, 1, H, W), 1 where hidden."""
+
+
+def rebuild(
+    network: MaskedAutoencoder,
+    recipe: Recipe,
+    source: ImageSource,
+    *,
+    numbers: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> Iterator[Rebuilt]:
+    """Mask and rebuild images, batch by batch.
+
+    Args:
+        network: The autoencoder, on the CPU or a GPU.
+        recipe: Of its training; with `norm_pix_loss` a patch takes mean and deviation from the original.
+        source: Images; the middle of each is taken.
+        numbers: Which; by default all.
+        seed: Decides the masks; an image's mask depends on its number and on nothing else.
+        batch_size: Images a pass; changes the speed only.
+        workers: Processes that decode.
+
+    Raises:
+        ImageError: At an image that does not decode.
+    """
+    network.eval()
+    device, numbers = network.mean.device, range(len(source)) if numbers is None else numbers
+    fit, start = partial(middle, size=network.image_size), 0
+    for images in load_views(source, fit, numbers, batch_size, workers):
+        places = [generator(seed, "reconstruction", number) for number in numbers[start : start + len(images)]]
+        start += len(images)
+        noise = torch.stack([torch.rand(network.num_patches, generator=place) for place in places]).to(device)
+        views = reconstruct(network, images.to(device), noise, recipe)
+        mask = random_masking(noise, network.mask_ratio).mask  # (N, L)
+        pixels = mask.unsqueeze(-1).expand(-1, -1, network.patch_size**2)  # (N, L, p*p)
+        yield Rebuilt(
+            original=views["original"],
+            masked=views["masked"],
+            pasted=views["pasted"],
+            rebuilt=views["rebuilt"],
+            hidden=unpatchify(pixels, network.patch_size, network.grid_size),  # (N, 1, H, W)
+        )
 
 
 def compare_images(made: Tensor, original: Tensor, where: Tensor) -> dict[str, Tensor]:
@@ -46,45 +110,79 @@ def compare_images(made: Tensor, original: Tensor, where: Tensor) -> dict[str, T
 
 @torch.no_grad()
 def measure_reconstruction(
-    network: MaskedAutoencoder, recipe: Recipe, source: ImageSource, *, seed: int = 0, batch_size: int = 64
+    network: MaskedAutoencoder,
+    recipe: Recipe,
+    source: ImageSource,
+    *,
+    numbers: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 0,
+    watchers: Sequence[Callable[[Rebuilt], None]] = (),
 ) -> dict[tuple[str, str], Tensor]:
     """Compare every image of a source with what the network makes of a quarter of it.
 
     Args:
-        network: The autoencoder, on the CPU or a GPU.
-        recipe: Of its training; with `norm_pix_loss` a patch takes mean and deviation from the original.
-        source: Images; the middle of each is taken.
-        seed: Decides the masks; an image's mask depends on its number and on nothing else.
-        batch_size: Images a pass; changes the speed only.
+        network: See `rebuild`, as for the others.
+        recipe: Of its training.
+        source: The images.
+        numbers: Which.
+        seed: Decides the masks.
+        batch_size: Images a pass.
+        workers: Processes that decode.
+        watchers: Called with every batch: what else is to be known of the same pass.
 
     Returns:
         (N,) float32 by place ("hidden", "image") and metric.
+
+    Raises:
+        ImageError: At an image that does not decode.
+        ValueError: If a prediction is not finite.
     """
-    network.eval()
     found: dict[tuple[str, str], list[Tensor]] = {}
-    for images, noise in _batches(source, network, seed, batch_size):
-        views = reconstruct(network, images, noise, recipe)
-        mask = random_masking(noise, network.mask_ratio).mask  # (N, L)
-        pixels = mask.unsqueeze(-1).expand(-1, -1, network.patch_size**2)  # (N, L, p*p)
-        hidden = unpatchify(pixels, network.patch_size, network.grid_size)  # (N, 1, H, W)
+    for batch in rebuild(network, recipe, source, numbers=numbers, seed=seed, batch_size=batch_size, workers=workers):
         for place, made, where in (
-            ("hidden", views["pasted"], hidden),
-            ("image", views["rebuilt"], torch.ones_like(hidden)),
+            ("hidden", batch.pasted, batch.hidden),
+            ("image", batch.rebuilt, torch.ones_like(batch.hidden)),
         ):
-            values = compare_images(made, images, where) | {"ms_ssim": ms_ssim_each(made, images)}
+            values = compare_images(made, batch.original, where) | {"ms_ssim": ms_ssim_each(made, batch.original)}
             for metric in METRICS:
                 found.setdefault((place, metric), []).append(values[metric].cpu())
-    return {key: torch.cat(values) for key, values in found.items()}
+        for watch in watchers:
+            watch(batch)
+    measured = {key: torch.cat(values) for key, values in found.items()}
+    if broken := int((~torch.stack(list(measured.values())).isfinite()).any(dim=0).sum()):
+        raise ValueError(f"the network's reconstructions of {broken} images are not finite: damaged weights")
+    return measured
 
 
-def _batches(
-    source: ImageSource, network: MaskedAutoencoder, seed: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    device = network.mean.device
-    for start in range(0, len(source), batch_size):
-        numbers = range(start, min(start + batch_size, len(source)))
-        images = [middle(source.load(index), network.image_size) for index in numbers]
-        noise = [
-            torch.rand(network.num_patches, generator=generator(seed, "reconstruction", index)) for index in numbers
-        ]
-        yield torch.stack(images).to(device), torch.stack(noise).to(device)
+def spread(total: int, count: int | None) -> list[int]:
+    """So many numbers below `total`, evenly spaced; all of them if there are fewer, or for None.
+
+    Raises:
+        ValueError: If none is asked for.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"--reconstruction.images is {count}: at least 1")
+    count = min(total, count or total)
+    return [index * total // count for index in range(count)]
+
+
+def draw_reconstructions(
+    name: str, network: MaskedAutoencoder, recipe: Recipe, source: ImageSource, *, seed: int = 0
+) -> Image.Image:
+    """A picture of some images of a source: as they are, masked, rebuilt, rebuilt where they were hidden."""
+    numbers = spread(len(source), SHOWN)
+    batch = next(rebuild(network, recipe, source, numbers=numbers, seed=seed, batch_size=SHOWN))
+    rows = {
+        "original": batch.original,
+        f"{network.mask_ratio:.0%} hidden": batch.masked,
+        "rebuilt": batch.rebuilt,
+        "pasted": batch.pasted,
+    }
+    height, width = network.image_size
+    contrast = "; contrast of the original's patches (norm_pix_loss)" if recipe.norm_pix_loss else ""
+    note = f"{height} x {width} pixels; rebuilt: every patch predicted; pasted: visible patches as they are{contrast}"
+    return labelled_rows(
+        {label: images.cpu() for label, images in rows.items()}, name, note, scale=max(1, 160 // width)
+    )

@@ -84,6 +84,8 @@ class Task:
     losses: Callable[[nn.Module, Any], dict[str, Tensor]]
     """(model, collated items on the device) -> means over the items; their sum is minimised."""
     collate: Callable[[list[Any]], Any] = field(default=torch.utils.data.default_collate)
+    multiple: int = 1
+    """A pass takes a multiple of so many items."""
 
 
 def run_name(protocol: str, description: dict[str, Any]) -> str:
@@ -114,10 +116,11 @@ def fit(
         Interrupted: If a signal asked the run to stop; its checkpoint is written.
     """
     accelerator = create_accelerator(out, device=engine.device)
-    if schedule.batch_size % (accelerator.num_processes * engine.micro_batches):
+    multiple = accelerator.num_processes * engine.micro_batches * task.multiple
+    if schedule.batch_size % multiple:
         raise ValueError(
-            f"batches of {schedule.batch_size} cannot be shared by {accelerator.num_processes} process(es) with "
-            f"{engine.micro_batches} micro-batch(es)"
+            f"batches of {schedule.batch_size} images must be a multiple of {multiple} for {accelerator.num_processes} "
+            f"process(es) and {engine.micro_batches} micro-batch(es)"
         )
     checkpoint = find_checkpoint(out, description, resume=True)
     accelerator.wait_for_everyone()  # nobody may find the folder that this very run creates

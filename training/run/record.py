@@ -24,6 +24,7 @@ class Intervals:
     log: int
     checkpoint: int
     grid: int
+    measure: int = 0
 
 
 class RunRecord:
@@ -37,12 +38,15 @@ class RunRecord:
         progress: `step`, `seconds` and `broken` so far.
         total_steps: Steps of the whole run.
         batch_size: Images a step over all processes.
-        intervals: How often to log, checkpoint and draw.
+        intervals: How often to log, checkpoint, draw and measure.
         keep: Checkpoints to keep.
         max_broken: Stop when a larger share of the images did not decode.
         clock: Marked by the loop; its shares go into the metrics.
         draw: Writes a picture to the given path; None: there are no pictures.
-        utilisation: Share of the processors' matrix-product peak that one image a second uses; None: not known.
+        measure: Further metrics, asked for on the main process alone, at its interval and after the last step; what it
+            does must leave the run as it is. None: there are none.
+        utilisation: Share of the processors' matrix-product peak that one image a second uses in a given step, the
+            first being 0; None: not known.
     """
 
     def __init__(
@@ -60,13 +64,14 @@ class RunRecord:
         max_broken: float,
         clock: StepClock,
         draw: Callable[[Path], None] | None = None,
-        utilisation: float | None = None,
+        measure: Callable[[], dict[str, float]] | None = None,
+        utilisation: Callable[[int], float] | None = None,
     ) -> None:
         self.out, self.accelerator = out, accelerator
         self.modules, self.optimizers = modules, optimizers
         self.total_steps, self.batch_size = total_steps, batch_size
         self.intervals, self.keep, self.max_broken, self.draw = intervals, keep, max_broken, draw
-        self.clock, self.utilisation = clock, utilisation
+        self.clock, self.measure, self.utilisation = clock, measure, utilisation
         self.step: int = progress["step"]
         self.broken: float = progress["broken"]
         self.started = time.monotonic() - progress["seconds"]
@@ -109,8 +114,9 @@ class RunRecord:
         checkpoint = last or _due(self.step, self.intervals.checkpoint)
         # what a checkpoint holds was looked at first: a line of metrics comes with each
         self.lr = lr
-        if checkpoint or _due(self.step, self.intervals.log):
-            self._report()
+        measure = self.measure is not None and (last or _due(self.step, self.intervals.measure))
+        if checkpoint or measure or _due(self.step, self.intervals.log):
+            self._report(measure=measure)
         if last or _due(self.step, self.intervals.grid):
             self._draw()
         if checkpoint:
@@ -128,28 +134,30 @@ class RunRecord:
         self.log.close()
         return self.progress
 
-    def _report(self) -> None:
+    def _report(self, *, measure: bool = False) -> None:
         names, means = self.means.pop()
         means = self.accelerator.reduce(means, reduction="mean")
         broken = torch.tensor(float(self.newly_broken), device=self.accelerator.device)
         self.broken += self.accelerator.reduce(broken, reduction="sum").item()
         self.newly_broken = 0
         (then, step_then), now = self.last_log, time.monotonic()
-        self.last_log = (now, self.step)
         speed = (self.step - step_then) * self.batch_size / (now - then)
         self.metrics = {
             "step": self.step,
             **dict(zip(names, means.tolist(), strict=True)),
             "lr": self.lr,
             "images_per_second": speed,
-            **({} if self.utilisation is None else {"utilisation": speed * self.utilisation}),
+            **({} if self.utilisation is None else {"utilisation": speed * self.utilisation(self.step - 1)}),
             **{f"share/{part}": share for part, share in self.clock.pop_shares().items()},
             "seconds": now - self.started,
             "broken": self.broken,
         }
+        bad = [name for name in names if not math.isfinite(self.metrics[name])]
+        if measure and not bad:
+            self.metrics |= self._measure()
+        self.last_log = (time.monotonic(), self.step)
         self.log.write(self.metrics)
         self.accelerator.log(self.metrics, step=self.step)
-        bad = [name for name in names if not math.isfinite(self.metrics[name])]
         if bad:
             raise RunError(
                 f"{', '.join(bad)} became non-finite between steps {step_then} and {self.step}; the last checkpoint is "
@@ -160,6 +168,14 @@ class RunRecord:
                 f"{self.broken:.0f} of {self.step * self.batch_size} images did not decode, more than --max-broken "
                 f"{self.max_broken:g}: mend or remove the files named above"
             )
+
+    def _measure(self) -> dict[str, float]:
+        if self.measure is None or not self.accelerator.is_main_process:
+            return {}
+        self.clock.mark("record")
+        measured = self.measure()
+        self.clock.mark("")  # a part of no step, and in no figure of its speed
+        return measured
 
     def _draw(self) -> None:
         if self.draw and self.accelerator.is_main_process and self.intervals.grid:

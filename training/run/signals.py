@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from training.run.engine import PATIENCE
+
 EXIT_INTERRUPTED = 75
 """Exit code of a run that was asked to stop and wrote a checkpoint (EX_TEMPFAIL of sysexits.h: try again later)."""
 
@@ -30,7 +32,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal = 0
         several = accelerator.num_processes > 1
-        self.group: Any = torch.distributed.new_group(backend="gloo") if several else None
+        self.group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
     def __enter__(self) -> "StopRequest":
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}

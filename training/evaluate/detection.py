@@ -1,0 +1,323 @@
+"""Detection and instance segmentation: a detector learns on an encoder, which stays frozen or learns too.
+
+Training images are letterboxed into a canvas (their sides keep their ratio), with flips and changes of scale; test
+images are letterboxed, and what is found there is judged in the images' own pixels.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Subset
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from perceptual_mae_models.images import ImageError
+from training.data.boxes import DetectionViews, Target, fit_to_canvas
+from training.data.coco import CocoSource, Objects, decode_masks, encode_mask, open_coco
+from training.evaluate.average_precision import Predictions, average_precision
+from training.evaluate.encoders import is_random
+from training.evaluate.features import fingerprint_data, fingerprint_model
+from training.evaluate.models import open_model
+from training.evaluate.rows import Place, Row
+from training.evaluate.trainer import Schedule, Task, fit, run_name
+from training.grids import labelled_rows
+from training.networks.pyramid import SCALES, DetectorShape, build_detector
+from training.run.seeding import derive_seed, seeded
+
+Mode = Literal["frozen", "fine_tuned"]
+
+NOT_IN_RECIPE = ("data", "encoder", "resamples", "score_threshold", "max_detections")
+"""Settings that do not decide what is learned."""
+SHOWN = 6
+"""Test images in the picture."""
+SHOWN_SCORE = 0.5
+TILE = (288, 384)
+"""Height and width in pixels of an image in it."""
+COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6")
+"""Of classes, in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSettings:
+    """How a detector learns."""
+
+    data: Path | None = None
+    """COCO's layout: a folder or an uncompressed .tar, see `training/data/coco.py`."""
+    size: tuple[int, int] = (512, 512)
+    """Height and width in pixels of the canvas that images are fitted to."""
+    encoder: tuple[Mode, ...] = ("frozen", "fine_tuned")
+    """Each is a run of its own. `NAME@random` fine-tuned is learning from these images alone."""
+    masks: bool = True
+    """Learn masks too (Mask R-CNN), where the images have any."""
+    epochs: float = 50
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images a step, over all processes and micro-batches together."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    layer_decay: float = 0.7
+    """Factor of the learning rate from each of the encoder's layers to the one below; 1 for random weights always."""
+    weight_decay: float = 0.1
+    """Of matrices."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    clip_grad: float | None = 1.0
+    """Largest gradient norm."""
+    scale_jitter: tuple[float, float] = (0.8, 1.25)
+    """Least and most that a training image is enlarged by; what leaves the canvas is cut off."""
+    scales: tuple[float, ...] = SCALES
+    """Levels of the simple feature pyramid, in resolutions of the encoder's map: neighbours among 4, 2, 1 and 0.5."""
+    width: int = 256
+    """Channels of the pyramid."""
+    head_width: int = 1024
+    """Of the box head's two layers."""
+    proposals: int = 1000
+    """Boxes of the first stage that the second one looks at, an image."""
+    sampled_boxes: int = 512
+    """Of them in training."""
+    score_threshold: float = 0.05
+    """Predictions below it are left out."""
+    max_detections: int = 100
+    """Predictions an image."""
+    resamples: int = 200
+    """Draws of test images for the intervals."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """bf16: autocast in training; boxes stay float32."""
+    seed: int = 0
+    """Decides heads, random encoders, order and every draw."""
+
+
+def _views(source: CocoSource, settings: DetectionSettings) -> DetectionViews:
+    return DetectionViews(source, settings.size, settings.scale_jitter, settings.seed)
+
+
+def _losses(model: nn.Module, batch: tuple[list[Tensor], list[Target]]) -> dict[str, Tensor]:
+    losses: dict[str, Tensor] = model(*batch)
+    return losses
+
+
+def _collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    return [image for image, _ in items], [target for _, target in items]
+
+
+@torch.no_grad()
+def predict(network: nn.Module, source: CocoSource, settings: DetectionSettings, place: Place) -> list[Predictions]:
+    """What a detector in evaluation mode finds in every image, in order and in the image's own pixels.
+
+    Raises:
+        ImageError: At an image that does not decode, or is not of the size that its json says.
+    """
+    views, device = _views(source, settings), next(network.parameters()).device
+    loader: DataLoader[Any] = DataLoader(
+        Subset(views, range(len(source))),
+        batch_size=settings.batch_size,
+        num_workers=place.engine.workers,
+        collate_fn=list,
+    )
+    found: list[Predictions] = []
+    for items in loader:
+        if broken := next((item for item in items if isinstance(item, ImageError)), None):
+            raise broken
+        for (view, _), result in zip(items, network([view.to(device) for view, _ in items]), strict=True):
+            size = source.size(len(found))
+            boxes = resize_boxes(result["boxes"], view.shape[1:], size).float().cpu()
+            segments = None
+            if source.masks:
+                # (K, 1, h, w) probabilities, one image at a time: at full size they are large
+                pasted = (interpolate(mask[None], size, mode="bilinear")[0, 0] >= 0.5 for mask in result["masks"])
+                segments = [encode_mask(mask.cpu().numpy()) for mask in pasted]
+            found.append(Predictions(boxes, result["labels"].cpu(), result["scores"].float().cpu(), segments))
+    return found
+
+
+def draw(source: CocoSource, found: list[Predictions], title: str, path: Path) -> None:
+    """A picture of some images with what is annotated and what was found."""
+    rows: dict[str, list[Tensor]] = {"annotated": [], f"found, score {SHOWN_SCORE} and more": []}
+    for number in torch.linspace(0, len(source) - 1, min(SHOWN, len(source))).round().int().tolist():
+        image, predictions = transforms.pil_to_tensor(source.load(number)), found[number]
+        sure = (predictions.scores >= SHOWN_SCORE).nonzero()[:, 0]
+        codes = predictions.segments and [predictions.segments[index] for index in sure.tolist()]
+        surely = Predictions(predictions.boxes[sure], predictions.labels[sure], predictions.scores[sure], codes)
+        both: tuple[Objects | Predictions, ...] = (source.objects(number), surely)
+        for row, objects in zip(rows.values(), both, strict=True):
+            row.append(_draw_objects(image, objects, source.classes))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stacked = {label: torch.stack(images) for label, images in rows.items()}
+    labelled_rows(stacked, title, source.reader.json, scale=1).save(path)
+
+
+def _draw_objects(image: Tensor, objects: Objects | Predictions, classes: Sequence[str]) -> Tensor:
+    """(3, H, W) uint8 -> (3, h, w) in [0, 1] of the picture's tiles, with boxes, names and masks."""
+    size = image.shape[1], image.shape[2]
+    fitted = fit_to_canvas(size, TILE)
+    drawn: Tensor = transforms.resize(image, list(fitted), antialias=True)
+    colours = [COLOURS[label % len(COLOURS)] for label in objects.labels.tolist()]
+    if objects.segments:
+        masks = decode_masks(objects.segments, *size)
+        masks = transforms.resize(masks, list(fitted), InterpolationMode.NEAREST_EXACT)
+        drawn = draw_segmentation_masks(drawn, masks.bool(), alpha=0.5, colors=colours)
+    if colours:
+        names = [classes[label - 1] for label in objects.labels.tolist()]
+        drawn = draw_bounding_boxes(drawn, resize_boxes(objects.boxes, size, fitted), names, colours, width=2)
+    return transforms.pad(drawn, [0, 0, TILE[1] - fitted[1], TILE[0] - fitted[0]], fill=255) / 255
+
+
+def create_task(
+    name: str, train: CocoSource, settings: DetectionSettings, mode: Mode
+) -> tuple[Task, dict[str, Any], tuple[float, ...]]:
+    """What is learned, facts that decide the result, and the strides of the pyramid.
+
+    Raises:
+        ValueError: If the model means nothing, or no detector stands on it at this size.
+        FileNotFoundError: If its weights are missing.
+    """
+    extractor, _ = open_model(name, device="cpu", seed=settings.seed)
+    weights, encoder = fingerprint_model(extractor), extractor.model
+    shape = DetectorShape(
+        size=settings.size,
+        classes=len(train.classes),
+        masks=train.masks,
+        scales=settings.scales,
+        width=settings.width,
+        head_width=settings.head_width,
+        proposals=settings.proposals,
+        sampled_boxes=settings.sampled_boxes,
+        score_threshold=settings.score_threshold,
+        max_detections=settings.max_detections,
+    )
+    with seeded(derive_seed(settings.seed, "detector")):
+        network = build_detector(encoder, shape, frozen=mode == "frozen")
+    layer_decay = 1.0 if is_random(name) else settings.layer_decay  # it protects what was learned before
+    groups = param_groups_weight_decay(nn.ModuleList(_heads(network)), settings.weight_decay)
+    if mode == "fine_tuned":
+        kept = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else ()
+        for group in param_groups_layer_decay(encoder, settings.weight_decay, kept, layer_decay=layer_decay):
+            # timm takes the last layer for a head; here the heads come on top of it
+            groups.append({**group, "lr_scale": group["lr_scale"] * layer_decay})
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    facts = {
+        **dataclasses.asdict(settings),
+        "model": name,
+        "mode": mode,
+        "layer_decay": layer_decay,
+        "weights": weights,
+    }
+    recipe = {key: value for key, value in facts.items() if key not in NOT_IN_RECIPE}
+    task = Task(network, optimizer, _views(train, settings), _losses, _collate)
+    return task, recipe, network.backbone.strides
+
+
+def _heads(network: Any) -> list[nn.Module]:
+    """All but the encoder."""
+    return [network.backbone.pyramid, network.rpn, network.roi_heads]
+
+
+def learn(
+    name: str, train: CocoSource, settings: DetectionSettings, mode: Mode, place: Place
+) -> tuple[nn.Module, dict[str, object], float]:
+    """A trained detector, what there is to say about it, and the seconds of its training."""
+    task, recipe, strides = create_task(name, train, settings, mode)
+    steps = max(1, math.ceil(settings.epochs * len(train) / settings.batch_size))
+    schedule = Schedule(
+        steps=steps,
+        warmup_steps=round(settings.warmup * steps),
+        batch_size=settings.batch_size,
+        clip_grad=settings.clip_grad,
+        precision=settings.precision,
+        seed=settings.seed,
+    )
+    data = {"train": fingerprint_data(train), "annotations": train.digest}
+    description = {"recipe": recipe, "data": data}
+    out = place.out / "runs" / run_name("detection", description)
+    network, seconds = fit(task, schedule, description, out, place.engine)
+    detail: dict[str, object] = {
+        "recipe": recipe,
+        "steps": steps,
+        "strides": strides,
+        "run": str(out.relative_to(place.out)),
+    }
+    return network, detail, seconds
+
+
+def run_detection(name: str, settings: DetectionSettings, place: Place) -> Iterator[Row]:
+    """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
+
+    Yields:
+        For each way of using the encoder `box_ap` and `box_ap50`, and `mask_ap` and `mask_ap50` where there are masks:
+        see `average_precision.py`. Intervals are over the test images; what other seeds give is not in them.
+
+    Raises:
+        ValueError: If data, model or settings do not allow it.
+        FileNotFoundError: If data or weights are missing.
+        ImageError: At an image that does not decode.
+        RunError: If a loss is not finite.
+    """
+    check_settings(settings)
+    assert settings.data is not None
+    train, test = open_coco(settings.data, masks=settings.masks)
+    for mode in settings.encoder:
+        network, detail, seconds = learn(name, train, settings, mode, place)
+        started = time.monotonic()
+        found = predict(network, test, settings, place)
+        picture = Path("pictures") / f"{Path(str(detail['run'])).name}.png"
+        if PartialState().is_main_process:
+            draw(test, found, f"{name}, {mode}", place.out / picture)
+        detail |= {"picture": picture.as_posix(), "test": test.reader.json, "test_images": len(test)}
+        detail |= {"score_threshold": settings.score_threshold, "max_detections": settings.max_detections}
+        detail |= {"test_annotations": test.digest, "dropped_boxes": {"train": train.dropped, "test": test.dropped}}
+        truth = [test.objects(index) for index in range(len(test))]
+        kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", "box"), ("segm", "mask"))
+        results = {
+            metric: average_precision(
+                truth,
+                found,
+                test.classes,
+                kind,
+                max_detections=settings.max_detections,
+                resamples=settings.resamples,
+                seed=settings.seed,
+            )
+            for kind, metric in kinds[: 1 + test.masks]
+        }
+        seconds += time.monotonic() - started
+        for metric, result in results.items():
+            for ending, value in (("ap", result.ap), ("ap50", result.ap50)):
+                yield Row(
+                    protocol="detection",
+                    setting=mode,
+                    metric=f"{metric}_{ending}",
+                    value=value,
+                    seconds=seconds,
+                    detail={**detail, "ap_by_class": result.by_class},
+                )
+
+
+def check_settings(settings: DetectionSettings) -> None:
+    """Refuse at once what would fail later or mean nothing.
+
+    Raises:
+        ValueError: If so.
+    """
+    low, high = settings.scale_jitter
+    for wrong, message in (
+        (settings.data is None, "data: give a folder or .tar in COCO's layout"),
+        (not settings.encoder, "encoder: give frozen, fine_tuned or both"),
+        (not 0 < low <= high, f"scale_jitter is {low}, {high}: least and most, above 0"),
+        (not 0 <= settings.warmup < 1, f"warmup is {settings.warmup}: a share of the steps, below 1"),
+        (settings.epochs <= 0 or settings.batch_size < 1, "epochs and batch_size must be above 0"),
+        (not 0 <= settings.score_threshold < 1, f"score_threshold is {settings.score_threshold}: in [0, 1)"),
+    ):
+        if wrong:
+            raise ValueError(f"detection: {message}")

@@ -1,0 +1,300 @@
+"""Fine-tuning: the whole encoder learns the labels.
+
+By MAE's published recipe (He et al. 2022, appendix A.1, and the values of its repository), through timm's augmentation,
+mixing, layer decay and drop path.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from perceptual_mae_models.images import ImageError
+from training.data.images import ImageSource
+from training.data.sampler import ImageKey
+from training.evaluate.encoders import build_encoder, is_random
+from training.evaluate.features import fingerprint_data, fingerprint_weights, load_views
+from training.evaluate.intervals import share_interval
+from training.evaluate.rows import Place, Row
+from training.evaluate.trainer import Schedule, Task, fit, run_name
+from training.run.checkpoint import write_atomically
+from training.run.seeding import derive_seed, seeded
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneRecipe:
+    """What decides the result of fine-tuning."""
+
+    epochs: float = 100
+    """Passes over the training images."""
+    batch_size: int = 1024
+    """Images a step, over all processes and micro-batches together."""
+    blr: float = 5e-4
+    """Base learning rate: that of 256 images a step."""
+    warmup: float = 0.05
+    """Share of the run in which the learning rate rises."""
+    layer_decay: float = 0.65
+    """A block learns at this factor of the rate of the block above it."""
+    weight_decay: float = 0.05
+    """AdamW weight decay, on matrices only."""
+    drop_path: float = 0.1
+    """Probability of leaving out the last block's branches; falls linearly to 0 at the first."""
+    augment: str = "rand-m9-mstd0.5-inc1"
+    """timm's name of an augmentation policy; empty: none."""
+    random_erase: float = 0.25
+    """Probability of erasing a rectangle."""
+    mixup: float = 0.8
+    """Parameter of mixup's Beta distribution; 0: none."""
+    cutmix: float = 1.0
+    """The same for CutMix."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    ema_decay: float | None = None
+    """Decay a step of a moving average of the weights, which is then tested."""
+    clip_grad: float | None = None
+    """Largest gradient norm."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast with the loss in float32."""
+    seed: int = 0
+    """Decides the head's first weights, the order and every draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneSettings:
+    """Fine-tuning: what is left out has the value of MAE's recipe for the model."""
+
+    epochs: float | None = None
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Images a step, over all processes and micro-batches together."""
+    blr: float | None = None
+    """Base learning rate: that of 256 images a step."""
+    layer_decay: float | None = None
+    """A block learns at this factor of the rate of the block above it."""
+    drop_path: float | None = None
+    """Probability of leaving out the last block's branches."""
+    mixup: float | None = None
+    """Parameter of mixup's Beta distribution; 0: none."""
+    cutmix: float | None = None
+    """The same for CutMix."""
+    ema_decay: float | None = None
+    """Decay a step of a moving average of the weights, which is then tested."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Arithmetic."""
+
+
+RECIPES = {
+    "vit_base": FineTuneRecipe(),
+    "vit_large": FineTuneRecipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "vit_huge": FineTuneRecipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+    # ours: MAE has no encoder as small
+    "vit_pico": FineTuneRecipe(
+        epochs=30, batch_size=128, blr=2e-3, layer_decay=0.75, drop_path=0.0, mixup=0.2, precision="fp32"
+    ),
+}
+"""By the beginning of the architecture's name; the first where none fits."""
+
+
+def resolve_recipe(name: str, settings: FineTuneSettings, seed: int) -> FineTuneRecipe:
+    """The recipe of a model, with what the user set.
+
+    Random encoders learn at one rate: a decay over layers protects what was learned before.
+    """
+    kinds = (recipe for prefix, recipe in RECIPES.items() if name.startswith(prefix))
+    recipe = dataclasses.replace(next(kinds, RECIPES["vit_base"]), seed=seed)
+    if is_random(name):
+        recipe = dataclasses.replace(recipe, layer_decay=1.0)
+    given = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+    return dataclasses.replace(recipe, **given)
+
+
+class LabelledViews(Dataset[Any]):
+    """(key, augmented image, label), drawn from seed, epoch and image alone.
+
+    Args:
+        source: Labelled images.
+        transform: From an RGB image to a tensor, drawing from the global generators.
+        seed: The run's seed.
+    """
+
+    def __init__(self, source: ImageSource, transform: Any, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.labels = source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: ImageKey) -> tuple[ImageKey, Tensor, int] | ImageError:
+        try:
+            image = self.source.load(key.image)
+        except ImageError as error:
+            return error
+        with seeded(derive_seed(self.seed, "view", *key)):
+            return key, self.transform(image), self.labels[key.image]
+
+
+class Mix:
+    """Collates views and mixes pairs of them, drawn from the seed and the batch's first view.
+
+    Pairs are made inside a pass, as MAE does: other numbers of processes or micro-batches make other pairs.
+
+    Args:
+        recipe: How to mix.
+        num_classes: Of the labels.
+    """
+
+    def __init__(self, recipe: FineTuneRecipe, num_classes: int) -> None:
+        self.seed, on = recipe.seed, recipe.mixup > 0 or recipe.cutmix > 0
+        self.mix = (
+            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
+            if on
+            else None
+        )
+
+    def __call__(self, items: list[tuple[ImageKey, Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) images with (N,) labels, or with (N, C) shares of labels where they are mixed."""
+        images, labels = default_collate([(image, label) for _, image, label in items])
+        if not self.mix:
+            return images, labels
+        # timm mixes targets on the images' device and takes batches of even size only
+        with seeded(derive_seed(self.seed, "mix", *items[0][0])):
+            mixed: tuple[Tensor, Tensor] = self.mix(images, labels)
+        return mixed
+
+
+def create_task(name: str, source: ImageSource, recipe: FineTuneRecipe) -> Task:
+    """What fine-tuning learns.
+
+    Args:
+        name: See `training/evaluate/models.py`.
+        source: Labelled training images.
+        recipe: How.
+    """
+    network: Any = build_encoder(
+        name,
+        seed=recipe.seed,
+        num_classes=len(source.classes),
+        drop_path_rate=recipe.drop_path,
+        global_pool="avg",
+    )
+    config = resolve_model_data_config(network)
+    transform = create_transform(
+        input_size=config["input_size"],
+        is_training=True,
+        color_jitter=0.0,
+        auto_augment=recipe.augment or None,
+        interpolation="bicubic",
+        re_prob=recipe.random_erase,
+        re_mode="pixel",
+        mean=config["mean"],
+        std=config["std"],
+    )
+    optimizer = create_optimizer_v2(
+        network,
+        opt="adamw",
+        lr=recipe.blr * recipe.batch_size / 256,
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        betas=(0.9, 0.999),
+        fused=True,
+    )
+    collate = Mix(recipe, len(source.classes))
+    loss = SoftTargetCrossEntropy() if collate.mix else LabelSmoothingCrossEntropy(recipe.smoothing)
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"cross_entropy": loss(model(batch[0]).float(), batch[1])}
+
+    views = LabelledViews(source, transform, recipe.seed)
+    return Task(network, optimizer, views, losses, collate, multiple=2 if collate.mix else 1)
+
+
+@torch.inference_mode()
+def classify(network: nn.Module, source: ImageSource, place: Place) -> Tensor:
+    """Logits of every image of a source through the model's own transform: (N, C) float32 on the CPU.
+
+    Raises:
+        ImageError: At an image that does not decode.
+    """
+    transform = create_transform(**resolve_model_data_config(network))
+    batches = load_views(source, transform, range(len(source)), place.batch_size, place.engine.workers)
+    device = next(network.parameters()).device
+    return torch.cat([network(images.to(device)).float().cpu() for images in batches])
+
+
+def save_classifier(out: Path, network: Any, classes: list[str]) -> None:
+    """Write `classifier.safetensors`, and of an encoder that has no head by itself `encoder.safetensors`."""
+    write_atomically(out / "classifier.safetensors", network.state_dict(), {"classes": json.dumps(classes)})
+    if network.pretrained_cfg.get("num_classes") == 0:
+        state = {key: value for key, value in network.state_dict().items() if not key.startswith("head.")}
+        state = {key.replace("fc_norm.", "norm.", 1): value for key, value in state.items()}
+        write_atomically(out / "encoder.safetensors", state, {})
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What fine-tuning made."""
+
+    network: nn.Module
+    """In evaluation mode on its device; its classes are those of the training images."""
+    recipe: FineTuneRecipe
+    seconds: float
+    run: str
+    """The run folder, below the evaluation's."""
+
+
+def fine_tune(name: str, train: ImageSource, settings: FineTuneSettings, seed: int, place: Place) -> FineTuned:
+    """Fine-tune a model, or go on with it where a killed command stopped.
+
+    The run folder below `place.out / "runs"` keeps checkpoints and metrics, and at the end `classifier.safetensors`
+    (the timm model with `num_classes` and `global_pool="avg"`) and `encoder.safetensors` (without head).
+
+    Raises:
+        ValueError: If the batch cannot be cut as it should, or the model cannot learn.
+        RunError: If a loss is not finite.
+        ImageError: At an image that does not decode.
+        Interrupted: If a signal asked to stop.
+    """
+    recipe = resolve_recipe(name, settings, seed)
+    task = create_task(name, train, recipe)
+    steps = max(1, round(recipe.epochs * len(train) / recipe.batch_size))
+    schedule = Schedule(
+        steps=steps,
+        warmup_steps=round(recipe.warmup * steps),
+        batch_size=recipe.batch_size,
+        clip_grad=recipe.clip_grad,
+        ema_decay=recipe.ema_decay,
+        precision=recipe.precision,
+        seed=seed,
+    )
+    description = {
+        "recipe": {"model": name, **dataclasses.asdict(recipe)},
+        "data": {"train": fingerprint_data(train), "weights": fingerprint_weights(task.network)},
+    }
+    out = place.out / "runs" / run_name("finetune", description)
+    network, seconds = fit(task, schedule, description, out, place.engine)
+    if PartialState().is_main_process:
+        save_classifier(out, network, train.classes)
+    return FineTuned(network, recipe, seconds, str(out.relative_to(place.out)))
+
+
+def run_finetune(tuned: FineTuned, test: ImageSource, place: Place) -> Iterator[Row]:
+    """Accuracy of a fine-tuned model on `test`."""
+    right = classify(tuned.network, test, place).argmax(dim=1) == torch.tensor(test.labels)
+    yield Row(
+        protocol="finetune",
+        setting=f"{tuned.recipe.epochs:g} epochs",
+        metric="accuracy",
+        value=share_interval(right),
+        seconds=tuned.seconds,
+        detail={"recipe": dataclasses.asdict(tuned.recipe), "run": tuned.run},
+    )

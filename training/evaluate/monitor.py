@@ -1,0 +1,150 @@
+"""What an encoder's features are worth while it is being trained: k-NN on held-out images, every few epochs.
+
+The images are decoded once, to bytes at the encoder's input size. Measuring leaves the encoder and every generator as
+they were, so a run ends with the same bits whether or not it is watched.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from perceptual_mae_models.features import FeatureExtractor
+from training.data.images import ImageSource
+from training.data.readers import FolderReader
+from training.evaluate.features import fingerprint_data, load_views
+from training.evaluate.knn import knn_predict
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+IMAGES_KEPT = 20_000
+"""Of the held-out images, and of the bank: at 224 pixels a side, 3 GB each."""
+BATCH_SIZE = 128
+
+
+def check_held_out(held_out: ImageSource, bank: ImageSource | None, seen: ImageSource | None) -> None:
+    """Refuse images that would say nothing about features.
+
+    Args:
+        held_out: The images to be judged by.
+        bank: Their neighbours; None: they are each other's.
+        seen: What the encoder learns from, where that can be compared.
+
+    Raises:
+        ValueError: If there are no labels or a single class, too few neighbours, other classes in the bank, or if the
+            held-out images are those of `seen` or `bank`.
+    """
+    for flag, source in (("--knn-data", held_out), ("--knn-bank", bank)):
+        if source is None:
+            continue
+        try:
+            labels = set(source.labels)
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}") from error
+        if len(labels) < 2:
+            raise ValueError(f"{flag} {source.spec} has one class: put the images of each class into a folder")
+        if min(labels) < 0:
+            raise ValueError(f"{flag} {source.spec} has negative labels, by which data sets mark hidden ones")
+    if bank is not None and bank.classes != held_out.classes:
+        raise ValueError(f"--knn-data {held_out.spec} and --knn-bank {bank.spec} do not hold the same classes")
+    voters = len(held_out) - 1 if bank is None else len(bank)
+    if voters < NEIGHBOURS:
+        raise ValueError(f"{voters} neighbours are too few for k-NN with k = {NEIGHBOURS}: give more images")
+    for flag, other in (("--data", seen), ("--knn-bank", bank)):
+        if other is not None and _overlap(held_out, other):
+            raise ValueError(f"--knn-data {held_out.spec} holds images of {flag} {other.spec}: hold others out")
+
+
+def _overlap(a: ImageSource, b: ImageSource) -> bool:
+    """Whether two sources are the same images, or one folder lies in the other."""
+    if isinstance(a.reader, FolderReader) and isinstance(b.reader, FolderReader):
+        one, other = Path(a.spec).resolve(), Path(b.spec).resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            return True
+    # reading both is worth it only where it can be true
+    return len(a) == len(b) and fingerprint_data(a) == fingerprint_data(b)
+
+
+def spread(labels: Tensor, limit: int) -> Tensor:
+    """Numbers of at most `limit` images, ascending: evenly spaced in the order of their classes.
+
+    Args:
+        labels: (N,) int64.
+        limit: At least 1.
+    """
+    if len(labels) <= limit:
+        return torch.arange(len(labels))
+    places = torch.arange(limit) * len(labels) // limit
+    return labels.argsort(stable=True)[places].sort().values
+
+
+class _Kept:
+    """A source's images, as the encoder's transform leaves them before it standardises their colours."""
+
+    def __init__(self, source: ImageSource, geometry: v2.Compose, workers: int, limit: int) -> None:
+        labels = torch.tensor(source.labels)
+        numbers = spread(labels, limit)
+        self.labels = labels[numbers]
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed from the global generator
+            self.views = torch.cat(list(load_views(source, geometry, numbers.tolist(), BATCH_SIZE, workers)))
+
+
+class KnnMonitor:
+    """Weighted k-NN accuracy (Caron et al. 2021; k = 20, T = 0.07) of an encoder on fixed images.
+
+    Features are the means of the patch tokens, of unaugmented images without a mask, in float32. Without a bank every
+    image is classified by all others.
+
+    Args:
+        encoder: A timm ViT that tells transform and input size.
+        held_out: Labelled images.
+        bank: Labelled images to be their neighbours; None: the held-out images themselves.
+        workers: Processes that decode.
+        limit: Images to keep of each set; of larger ones, evenly spaced images of every class.
+
+    Raises:
+        ImageError: At an image that does not decode.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        held_out: ImageSource,
+        bank: ImageSource | None = None,
+        *,
+        workers: int = 0,
+        limit: int = IMAGES_KEPT,
+    ) -> None:
+        training = encoder.training
+        transform: Any = FeatureExtractor(encoder).transform
+        encoder.train(training)
+        *geometry, _, self.normalise = transform.transforms  # … to a float tensor in [0, 1], to zero mean
+        bytes_at_size = v2.Compose([*geometry, v2.PILToTensor()])
+        self.held_out = _Kept(held_out, bytes_at_size, workers, limit)
+        self.bank = None if bank is None else _Kept(bank, bytes_at_size, workers, limit)
+
+    def __call__(self, encoder: nn.Module) -> float:
+        """The accuracy, in [0, 1], of an encoder of the same architecture; it stays in its mode and on its device.
+
+        Raises:
+            ValueError: If a feature is not finite.
+        """
+        training = encoder.training
+        extractor = FeatureExtractor(encoder)  # in evaluation mode
+        try:
+            queries = self._encode(extractor, self.held_out)
+            bank = queries if self.bank is None else self._encode(extractor, self.bank)
+        finally:
+            encoder.train(training)
+        known, alone = (self.bank or self.held_out).labels, self.bank is None
+        found = knn_predict(bank, known, queries, [NEIGHBOURS], temperature=TEMPERATURE, leave_one_out=alone)
+        return (found[NEIGHBOURS] == self.held_out.labels).double().mean().item()
+
+    def _encode(self, extractor: FeatureExtractor, kept: _Kept) -> Tensor:
+        batches = kept.views.split(BATCH_SIZE)
+        features = torch.cat([extractor.encode(self.normalise(views.float() / 255)) for views in batches])
+        if not features.isfinite().all():
+            raise ValueError("features of --knn-data are not finite")
+        return features

@@ -1,0 +1,315 @@
+"""Semantic segmentation as dense transfer: a decoder learns on an encoder, which stays frozen or learns too.
+
+The recipe is fixed: nothing is chosen, so no image is held back. The whole training split is learned from, and `test`
+(where there is none, `val`) is judged once, at the masks' own size. `NAME@random` fine-tuned is the floor: what these
+images alone teach the same network.
+"""
+
+import colorsys
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop, functional
+
+from perceptual_mae_models.images import ImageError
+from training.data.masks import VOID, Census, MaskSource, open_masks
+from training.data.sampler import ImageKey
+from training.evaluate.encoders import build_encoder, is_random
+from training.evaluate.features import fingerprint_data, fingerprint_weights
+from training.evaluate.iou import bootstrap, count_pixels, score
+from training.evaluate.rows import Place, Row
+from training.evaluate.split import find_duplicates
+from training.evaluate.trainer import Schedule, Task, fit, run_name
+from training.grids import labelled_rows
+from training.networks.segmenter import Segmenter
+from training.run.seeding import derive_seed, seeded
+
+Mode = Literal["frozen", "fine_tuned"]
+
+SHOWN = 6
+"""Test images in the picture."""
+SHOWN_WIDTH = 256
+"""Of an image in it, about, in screen pixels."""
+ASPECT = (3 / 4, 4 / 3)
+"""Least and most that a crop's sides are out of the image's proportion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSettings:
+    """How a segmentation network learns."""
+
+    data: Path | None = None
+    """A folder or an uncompressed .tar with images and masks, see `training/data/masks.py`."""
+    void: tuple[int, ...] = (255,)
+    """Values in masks that are no class; in ADE20K's layout 0 is none anyway."""
+    num_classes: int | None = None
+    """None: as many as the training masks hold."""
+    size: tuple[int, int] = (224, 224)
+    """Height and width in pixels that images are brought to: multiples of 32, of 28 for patches of 14."""
+    encoder: tuple[Mode, ...] = ("frozen", "fine_tuned")
+    """Each is a run of its own. `NAME@random` fine-tuned is learning from these images alone."""
+    epochs: float = 100
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images a step, over all processes and micro-batches together; the decoder's batch norm sees those of one pass."""
+    lr: float = 5e-4
+    """Peak learning rate of AdamW."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each of the encoder's layers to the one below; 1 for random weights always."""
+    weight_decay: float = 0.05
+    """Of matrices."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    clip_grad: float | None = 1.0
+    """Largest gradient norm."""
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    """Share of an image's area that a training crop covers, least and most."""
+    width: int = 256
+    """Channels of the decoder."""
+    resamples: int = 1000
+    """Draws of test images for the intervals."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """bf16: autocast in training."""
+    seed: int = 0
+    """Decides decoders, random encoders, order and every draw."""
+
+
+NOT_IN_RECIPE = ("data", "encoder", "resamples")
+
+
+def check_settings(settings: SegmentationSettings) -> None:
+    """Refuse at once what would fail later or mean nothing.
+
+    Raises:
+        ValueError: If so.
+    """
+    low, high = settings.crop_scale
+    for wrong, message in (
+        (settings.data is None, "data: give a folder or .tar of images and masks"),
+        (not settings.encoder, "encoder: give frozen, fine_tuned or both"),
+        (not 0 < low <= high <= 1, f"crop_scale is {low}, {high}: least and most, above 0 and at most 1"),
+        (not 0 <= settings.warmup < 1, f"warmup is {settings.warmup}: a share of the steps, below 1"),
+        (settings.epochs <= 0 or settings.batch_size < 1, "epochs and batch_size must be above 0"),
+        (settings.resamples < 1, "resamples must be at least 1"),
+        (settings.width < 8, f"width is {settings.width}: at least 8"),
+        ((settings.num_classes or 2) < 2, f"num_classes is {settings.num_classes}: at least 2"),
+    ):
+        if wrong:
+            raise ValueError(f"segmentation: {message}")
+
+
+class SegmentationViews(Dataset[Any]):
+    """Images with their masks.
+
+    An item of an `ImageKey` is a crop of both, resized and perhaps flipped, which seed, epoch and image alone decide:
+    (3, h, w) in [0, 1] and (h, w) classes or `VOID`. One of a number is the whole image, resized, and the mask as it
+    is.
+
+    Args:
+        source: The images.
+        settings: Size, crops, seed.
+    """
+
+    def __init__(self, source: MaskSource, settings: SegmentationSettings) -> None:
+        self.source, self.settings = source, settings
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: ImageKey | int) -> tuple[Tensor, Tensor] | ImageError:
+        index = key.image if isinstance(key, ImageKey) else key
+        try:
+            image = functional.pil_to_tensor(self.source.load(index))
+            mask = self.source.mask(index)
+        except ImageError as error:
+            return error
+        if isinstance(key, ImageKey):
+            with seeded(derive_seed(self.settings.seed, "view", *key)):
+                image, mask = self._draw_view(image, mask)
+        else:
+            image = functional.resize(image, list(self.settings.size), antialias=True)
+        return image.float() / 255, mask
+
+    def _draw_view(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        aspect, size = image.shape[2] / image.shape[1], list(self.settings.size)
+        # crops are squeezed as whole images are when they are judged
+        ratio = [bound * aspect for bound in ASPECT]
+        box = RandomResizedCrop.get_params(image, list(self.settings.crop_scale), ratio)
+        image = functional.resized_crop(image, *box, size, antialias=True)
+        # torchvision's joint transforms take plain nearest for masks, which moves them by half a pixel of the view
+        mask = functional.resized_crop(mask[None], *box, size, InterpolationMode.NEAREST_EXACT)[0]
+        if torch.rand(()) < 0.5:
+            image, mask = functional.hflip(image), functional.hflip(mask)
+        return image, mask
+
+
+def pixel_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Cross-entropy; void pixels count as zero, so that passes of any size weigh every pixel alike."""
+    losses = F.cross_entropy(model(batch[0]).float(), batch[1], ignore_index=VOID, reduction="none")
+    return {"cross_entropy": losses.mean()}
+
+
+def create_task(
+    name: str, train: MaskSource, settings: SegmentationSettings, mode: Mode
+) -> tuple[Task, dict[str, Any]]:
+    """What is learned, and what besides the images decides the result.
+
+    Raises:
+        ValueError: If the model means nothing, or no decoder stands on it at this size.
+        FileNotFoundError: If its weights are missing.
+    """
+    encoder: Any = build_encoder(name, seed=settings.seed, num_classes=0, img_size=settings.size)
+    weights = fingerprint_weights(encoder)
+    with seeded(derive_seed(settings.seed, "segmenter")):
+        network = Segmenter(
+            encoder,
+            settings.size,
+            classes=len(train.classes),
+            width=settings.width,
+            frozen=mode == "frozen",
+        )
+    layer_decay = 1.0 if is_random(name) else settings.layer_decay  # it protects what was learned before
+    groups = param_groups_weight_decay(network.decoding, settings.weight_decay)
+    if mode == "fine_tuned":
+        kept = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else ()
+        groups += param_groups_layer_decay(encoder, settings.weight_decay, kept, layer_decay=layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    facts = dataclasses.asdict(settings) | {"num_classes": len(train.classes), "layer_decay": layer_decay}
+    recipe = {key: value for key, value in facts.items() if key not in NOT_IN_RECIPE}
+    recipe |= {"model": name, "mode": mode, "weights": weights}
+    return Task(network, optimizer, SegmentationViews(train, settings), pixel_loss), recipe
+
+
+def learn(
+    name: str, train: MaskSource, census: Census, settings: SegmentationSettings, mode: Mode, place: Place
+) -> tuple[nn.Module, dict[str, object], float]:
+    """A trained network, what there is to say about it, and the seconds of its training."""
+    task, recipe = create_task(name, train, settings, mode)
+    steps = max(1, math.ceil(settings.epochs * len(train) / settings.batch_size))
+    schedule = Schedule(
+        steps=steps,
+        warmup_steps=round(settings.warmup * steps),
+        batch_size=settings.batch_size,
+        clip_grad=settings.clip_grad,
+        precision=settings.precision,
+        seed=settings.seed,
+    )
+    description = {"recipe": recipe, "data": {"train": fingerprint_data(train), "masks": census.digest}}
+    out = place.out / "runs" / run_name("segmentation", description)
+    network, seconds = fit(task, schedule, description, out, place.engine)
+    return network, {"recipe": recipe, "steps": steps, "run": str(out.relative_to(place.out))}, seconds
+
+
+@torch.inference_mode()
+def predict(
+    network: nn.Module, source: MaskSource, settings: SegmentationSettings, place: Place
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(3, h, w) image, (H, W) truth and (H, W) predicted classes of every image, in order, on the CPU.
+
+    Raises:
+        ImageError: At an image that does not decode.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        SegmentationViews(source, settings),
+        batch_size=min(place.batch_size, settings.batch_size),
+        num_workers=place.engine.workers,
+        collate_fn=list,
+    )
+    device = next(network.parameters()).device
+    for batch in loader:
+        if broken := next((item for item in batch if isinstance(item, ImageError)), None):
+            raise broken
+        logits = network(torch.stack([image for image, _ in batch]).to(device)).float()
+        for (image, truth), own in zip(batch, logits, strict=True):
+            full = F.interpolate(own[None], truth.shape, mode="bilinear", align_corners=False)
+            yield image, truth, full[0].argmax(dim=0).cpu()
+
+
+def run_segmentation(name: str, settings: SegmentationSettings, place: Place) -> Iterator[Row]:
+    """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
+
+    Yields:
+        For each way of using the encoder `miou` and `pixel_accuracy`.
+
+    Raises:
+        ValueError: If data, model or settings do not allow it.
+        FileNotFoundError: If data or weights are missing.
+        ImageError: At an image or mask that does not decode.
+        RunError: If a loss is not finite.
+    """
+    check_settings(settings)
+    assert settings.data is not None
+    train, test, census = open_masks(settings.data, void=settings.void, num_classes=settings.num_classes)
+    if (shared := find_duplicates(train, test)).images:
+        raise ValueError(f"{settings.data}: {shared}; nothing would follow from such a test")
+    for mode in settings.encoder:
+        network, detail, seconds = learn(name, train, census["train"], settings, mode, place)
+        started = time.monotonic()
+        counts, shown = judge(network, test, settings, place)
+        miou, accuracy = bootstrap(counts, settings.resamples, settings.seed)
+        picture = Path("pictures") / f"{Path(str(detail['run'])).name}.png"
+        if PartialState().is_main_process:
+            draw(shown, f"{name}, {mode}: mIoU {miou.mean:.3f}", test, place.out / picture)
+        detail |= {
+            "picture": picture.as_posix(),
+            "test": test.spec,
+            "images": {"train": len(train), "test": len(test)},
+            "fingerprints": {"test": fingerprint_data(test), "test_masks": census["test"].digest},
+            "iou_by_class": [None if math.isnan(iou) else iou for iou in score(counts.sum(dim=0))[2].tolist()],
+        }
+        seconds += time.monotonic() - started
+        for metric, value in (("miou", miou), ("pixel_accuracy", accuracy)):
+            yield Row(protocol="segmentation", setting=mode, metric=metric, value=value, seconds=seconds, detail=detail)
+
+
+Shown = list[tuple[Tensor, Tensor, Tensor]]
+"""Image, truth, prediction."""
+
+
+def judge(network: nn.Module, test: MaskSource, settings: SegmentationSettings, place: Place) -> tuple[Tensor, Shown]:
+    """(N, 3, C) counts of every test image, and some of the images evenly spaced."""
+    numbers = {round(index * (len(test) - 1) / max(1, SHOWN - 1)) for index in range(SHOWN)}
+    counts, shown = [], []
+    for index, (image, truth, predicted) in enumerate(predict(network, test, settings, place)):
+        counts.append(count_pixels(truth, predicted, len(test.classes)))
+        if index in numbers:
+            shown.append((image, truth, predicted))
+    return torch.stack(counts), shown
+
+
+def draw(shown: Shown, title: str, test: MaskSource, path: Path) -> None:
+    """Write a PNG with images, truths and predictions, void in black."""
+    size = shown[0][0].shape[1:]
+    colours = torch.tensor([*_colours(len(test.classes)), (0.0, 0.0, 0.0)])  # void, which is -1, finds the last one
+
+    def paint(mask: Tensor) -> Tensor:
+        near = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
+        return colours[near].permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
+
+    rows = {
+        "image": torch.stack([image for image, _, _ in shown]),
+        "truth": torch.stack([paint(truth) for _, truth, _ in shown]),
+        "predicted": torch.stack([paint(predicted) for _, _, predicted in shown]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    note = f"{Path(test.spec).name}, {len(shown)} of {len(test)} images; black: void"
+    labelled_rows(rows, title, note, scale=max(1, round(SHOWN_WIDTH / size[1]))).save(path)
+
+
+def _colours(classes: int) -> list[tuple[float, float, float]]:
+    """By the golden ratio, so that neighbours differ."""
+    return [
+        colorsys.hsv_to_rgb(0.618034 * index % 1, (0.9, 0.5)[index % 2], (1.0, 0.75)[index // 2 % 2])
+        for index in range(classes)
+    ]

@@ -1,0 +1,205 @@
+"""Measure what an evaluation costs on this machine.
+
+    python training/evaluate/speed.py                                  # on numbers drawn here
+    python training/evaluate/speed.py --data photos/ --model vit_base_patch16_pmae --out speed.json
+
+- seconds of k-NN (every k) and of the linear probe (sweep and final head) on cached features: 50,000 to learn from and
+  10,000 to test on, as CIFAR-10 has, unless told otherwise;
+- images a second that `extract` makes of decoded images, relative to the bare model on ready batches: batches of both
+  take turns, so that a machine that slows down slows both; the median over rounds;
+- peak memory of extracting few and many images, in a process of its own each, above what it holds before.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from perceptual_mae_models.features import FeatureExtractor
+from training.data.images import ImageSource
+from training.evaluate.features import Features, extract, load_views
+from training.evaluate.knn import knn_predict
+from training.evaluate.linear import LEARNING_RATES, linear_probe
+
+KS = (10, 20, 100, 200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    model: str = "vit_pico_patch8_pmae"
+    """The encoder, a timm name."""
+    data: str | None = None
+    """Images to extract features of: a folder, .tar, idx file or hf: data set. None: noise."""
+    images: int = 1024
+    """How many of them a round encodes."""
+    batch_size: int = 128
+    """Images a forward pass."""
+    rounds: int = 7
+    """Turns of `extract` and of the bare model."""
+    memory: tuple[int, int] = (2000, 8000)
+    """Few and many images to compare the peak memory of."""
+    rows: int = 60_000
+    """Features, of which a sixth are to test on."""
+    width: int = 192
+    """Columns of the features."""
+    classes: int = 10
+    """Classes of the features."""
+    epochs: int = 100
+    """Passes of the linear probe."""
+    threads: int = 2
+    """Threads of the CPU."""
+    out: Path | None = None
+    """Write the figures there as JSON."""
+
+
+class _Noise(ImageSource):
+    """Images drawn when they are asked for, so that none takes memory before."""
+
+    def __init__(self, count: int, side: int) -> None:
+        self.spec, self.decoded = "noise", None
+        self.count, self.side = count, side
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, index: int) -> Image.Image:
+        """Coloured noise, larger than the encoder's input."""
+        pixels = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+
+class _Ready(ImageSource):
+    """Images that are decoded and transformed already."""
+
+    def __init__(self, views: Tensor) -> None:
+        self.spec, self.decoded = "ready", None
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def load(self, index: int) -> Any:
+        """A (3, H, W) view."""
+        return self.views[index]
+
+
+def _timed(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds on the wall and of all threads together."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def measure_protocols(options: Options) -> dict[str, dict[str, float]]:
+    """Seconds that k-NN and the linear probe take on normal clouds, one a class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(options.rows) % options.classes
+    centres = torch.randn(options.classes, options.width, generator=generator) / 4
+    rows = centres[labels] + torch.randn(options.rows, options.width, generator=generator)
+    names, cut = tuple(map(str, range(options.classes))), options.rows * 5 // 6
+    train, test = Features(rows[:cut], labels[:cut], names), Features(rows[cut:], labels[cut:], names)
+    return {
+        "knn": _timed(lambda: knn_predict(train.rows, train.labels, test.rows, KS)),
+        "linear": _timed(lambda: linear_probe(train, test, epochs=options.epochs)),
+    }
+
+
+def measure_extraction(options: Options) -> dict[str, float]:
+    """Images a second of `extract` and of the bare model, on the same decoded images."""
+    extractor = FeatureExtractor(options.model)
+    source = ImageSource(options.data) if options.data else _Noise(options.images, 2 * max(extractor.input_size))
+    numbers = range(min(options.images, len(source)))
+    views = torch.cat(list(load_views(source, extractor.transform, numbers, options.batch_size, workers=0)))
+    extractor.transform = lambda view: view  # type: ignore[assignment, return-value]
+    ready, batches = _Ready(views), views.split(options.batch_size)
+
+    @torch.inference_mode()
+    def run_bare() -> None:
+        for batch in batches:
+            extractor.model.forward_features(batch.to(extractor.device)).cpu()
+
+    def run_extract() -> None:
+        extract(extractor, ready, batch_size=options.batch_size)
+
+    seconds: dict[str, list[float]] = {"bare": [], "extract": []}
+    for number in range(options.rounds + 1):
+        turns = [("bare", run_bare), ("extract", run_extract)]
+        for name, work in turns if number % 2 else reversed(turns):
+            seconds[name].append(_timed(work)["seconds"])
+    bare, ours = seconds["bare"][1:], seconds["extract"][1:]  # the first round warms up
+    return {
+        "bare_images_per_second": len(views) / statistics.median(bare),
+        "extract_images_per_second": len(views) / statistics.median(ours),
+        "ratio": statistics.median(b / e for b, e in zip(bare, ours, strict=True)),
+    }
+
+
+def measure_memory(options: Options) -> dict[str, float]:
+    """Peak megabytes by number of images."""
+    # glibc keeps much of what is freed, by habits that change with the order of allocations: make it give all back
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    found = {}
+    for count in options.memory:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[str(count)] = pool.apply(_peak_mb, (options, count))
+    return found
+
+
+def _peak_mb(options: Options, count: int) -> float:
+    torch.set_num_threads(options.threads)
+    extractor = FeatureExtractor(options.model)
+    before = _resident_mb("VmRSS")
+    extract(extractor, _Noise(count, 2 * max(extractor.input_size)), batch_size=options.batch_size)
+    return _resident_mb("VmHWM") - before
+
+
+def _resident_mb(field: str) -> float:
+    # not getrusage: its maximum is inherited from the process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+
+
+def show(measured: dict[str, Any]) -> str:
+    """The figures as a table."""
+    protocols, extraction = measured["protocols"], measured["extraction"]
+    rows = [
+        (f"k-NN, k = {', '.join(map(str, KS))}", f"{protocols['knn']['seconds']:.1f} s"),
+        (f"linear probe, {len(LEARNING_RATES)} rates", f"{protocols['linear']['seconds']:.1f} s"),
+        ("bare model", f"{extraction['bare_images_per_second']:.0f} images/s"),
+        ("extract", f"{extraction['extract_images_per_second']:.0f} images/s"),
+        ("extract / bare model", f"{extraction['ratio']:.3f}"),
+        *((f"peak memory, {count} images", f"{peak:.0f} MB") for count, peak in measured["memory"].items()),
+    ]
+    return "\n".join(f"{name:<32} {value:>16}" for name, value in rows)
+
+
+def main(options: Options) -> None:
+    """Measure, print, write."""
+    torch.set_num_threads(options.threads)
+    measured = {
+        "model": options.model,
+        "threads": options.threads,
+        "protocols": measure_protocols(options),
+        "extraction": measure_extraction(options),
+        "memory": measure_memory(options),
+    }
+    print(show(measured))
+    if options.out:
+        options.out.write_text(json.dumps(measured, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
