@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,14 @@ class Sealed(Features):
         return self.__dict__["sealed"]
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether anything leaks does not depend on how long a probe learns."""
+    monkeypatch.setattr(linear, "LEAST_STEPS", 1)
+
+
 @pytest.fixture
-def learned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Everything that protocols on features learn or draw, in the order in which they do."""
     events: list[tuple[str, Any]] = []
     train_probe, draw_shots, fit = linear.train_probe, few_shot_module.draw_shots, LogisticRegression.fit
@@ -73,7 +78,7 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
     monkeypatch.setattr(linear, "train_probe", note_probe)
     monkeypatch.setattr(few_shot_module, "draw_shots", note_shots)
     monkeypatch.setattr(LogisticRegression, "fit", note_fit)
-    yield events
+    return events
 
 
 # --- hyper-parameters ------------------------------------------------------------------------------------------------
@@ -162,9 +167,9 @@ def test_columns_of_a_representation_are_standardised_by_training_images_alone()
 def test_no_grouping_is_cut_through() -> None:
     """Random sizes of groups, of classes and of what is held back; or a refusal, never a group in both."""
     cut, refused = 0, 0
-    for seed in range(150):
+    for seed in range(50):
         rng = random.Random(seed)
-        count, groups, classes = rng.randint(12, 150), rng.randint(2, 40), rng.randint(2, 4)
+        count, groups, classes = rng.randint(12, 150), rng.choice((1, 2, 4, 20, 40)), rng.randint(2, 4)
         labels = torch.tensor([*range(classes), *range(classes), *(rng.randrange(classes) for _ in range(count))])
         weights = [rng.random() ** 3 for _ in range(groups)]  # some groups are large
         names = tuple(str(group) for group in rng.choices(range(groups), weights, k=len(labels)))
@@ -182,7 +187,7 @@ def test_no_grouping_is_cut_through() -> None:
         assert set(one.labels.tolist()) == set(labels.tolist()), "every class can be learned"
         with pytest.raises(ValueError, match="groups"):
             check_pair(features, Features(features.rows, labels, features.classes, names))
-    assert cut > 75
+    assert cut > 25
     assert refused > 0
 
 
@@ -275,7 +280,7 @@ def test_the_command_records_and_prints_doubles(
         models=("pixels:4",), train=str(pair[0]), test=str(pair[1]), protocols=("knn",), out=tmp_path, settings=SETTINGS
     )
     evaluate(options)
-    found = json.loads((tmp_path / "results.json").read_text())["data"]["duplicates"]
+    found = json.loads((tmp_path / "results.json").read_text())["duplicates"]
     assert found == {"images": 2, "first": ["class1/05.png", "class0/06.png"], "compared": [8, 20]}
     said = capsys.readouterr()
     assert "2 of 8 test images are among 20 training images" in said.out + said.err

@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import shutil
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,7 +163,9 @@ def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, monke
     resumed = list(run_segmentation("test_vit@random", chosen, place(tmp_path / "resumed")))
     assert Stop.asked == 4
     assert [row.value for row in resumed] == [row.value for row in straight]
-    last = [next((tmp_path / folder).rglob("step_00000004")) / "network.safetensors" for folder in ("straight", "resumed")]
+    last = [
+        next((tmp_path / folder).rglob("step_00000004")) / "network.safetensors" for folder in ("straight", "resumed")
+    ]
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
@@ -179,12 +184,16 @@ def test_the_encoder_is_the_one_that_the_name_means(data: Path, tmp_path: Path) 
         found.append(network.encoder.state_dict())
     kept = {key: value for key, value in own.state_dict().items() if key in found[0]}
     assert {key for key in own.state_dict() if key not in kept} == {"norm.weight", "norm.bias"}, "behind the last map"
-    assert all(torch.equal(value, found[0][key]) and torch.equal(other[key], found[1][key]) for key, value in kept.items())
+    assert all(
+        torch.equal(value, found[0][key]) and torch.equal(other[key], found[1][key]) for key, value in kept.items()
+    )
     seen: list[torch.Tensor] = []
     network = create_task("vit_pico_patch8_pmae", train, settings(data), "frozen")[0].network
     network.encoder.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network(images)
-    expected = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    expected = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
     torch.testing.assert_close(seen[0], expected)
 
 
@@ -224,7 +233,9 @@ def test_image_and_mask_stay_together_and_draws_are_the_keys(data: Path) -> None
         assert set(mask.unique().tolist()) <= {VOID, 0, 1, 2}
         disk = (image[2] > image[0] + 0.3).long()[2:-2, 2:-2]
         wrong.append((disk != (mask == 2)[2:-2, 2:-2]).float().mean())
-        moved.append([(disk != (mask.roll(way, axis) == 2)[2:-2, 2:-2]).float().mean() for way in (1, -1) for axis in (0, 1)])
+        moved.append(
+            [(disk != (mask.roll(way, axis) == 2)[2:-2, 2:-2]).float().mean() for way in (1, -1) for axis in (0, 1)]
+        )
     assert torch.stack(wrong).mean() < 0.012
     ways = torch.tensor(moved).mean(dim=0).view(2, 2)
     torch.testing.assert_close(ways[0], ways[1], rtol=0.25, atol=0.0, msg="no half pixel to one side")
@@ -313,7 +324,9 @@ def test_a_tar_is_the_folder(data: Path, tmp_path: Path) -> None:
     image, mask = shapes(2)
     number = next(i for i in range(24) if folder[0].name(i) == "train/images/2.bmp")
     assert folder[0].load(number).tobytes() == image.tobytes()
-    assert torch.equal(folder[0].mask(number), torch.from_numpy(mask.astype(np.int64)).where(torch.from_numpy(mask != 255), VOID))
+    assert torch.equal(
+        folder[0].mask(number), torch.from_numpy(mask.astype(np.int64)).where(torch.from_numpy(mask != 255), VOID)
+    )
 
 
 def test_val_is_judged_by_where_no_test_has_masks(tmp_path: Path) -> None:
@@ -339,26 +352,141 @@ def test_masks_of_every_kind_of_file(small: Path) -> None:
     expected = torch.from_numpy(shapes(0)[1].astype(np.int64))
     values = np.where(expected.numpy() == 255, 3, expected.numpy()).astype(np.uint8)
     palette = Image.fromarray(values)
-    palette.putpalette([200, 30, 7] * 4)
-    files = {
-        "grey": Image.fromarray(values),
-        "palette": palette,
-        "sixteen bits": Image.fromarray(values.astype(np.uint16)),
-        "two bits": _png_of_two_bits(values),
-    }
-    for kind, file in files.items():
-        write(small / "train" / "masks" / "0.png", file)
+    palette.putpalette([200, 30, 7, 1, 2, 3, 90, 80, 70, 4, 5, 6])
+    for kind, file in {
+        "grey": png(Image.fromarray(values)),
+        "palette": png(palette),
+        "sixteen bits": png(Image.fromarray(values.astype(np.uint16))),
+        "two bits": grey_png(values, 2),
+        "four bits": grey_png(values, 4),
+    }.items():
+        (small / "train" / "masks" / "0.png").write_bytes(file)
         train, _, _ = open_masks(small, void=(3, 255), num_classes=3)
         assert torch.equal(train.mask(0), expected.where(expected != 255, VOID)), kind
 
 
-def _png_of_two_bits(values: NDArray[np.uint8]) -> Image.Image:
-    """Pillow reads such a file as multiples of 85."""
+def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    grey = Image.fromarray(values, "P")
-    grey.putpalette([0, 0, 0, 85, 85, 85, 170, 170, 170, 255, 255, 255])
-    grey.save(buffer, "png", bits=2)
-    raise NotImplementedError
+    image.save(buffer, "png")
+    return buffer.getvalue()
 
 
-Damage = Callable[[Path], object]
+def grey_png(values: NDArray[np.uint8], bits: int) -> bytes:
+    """Of less than eight bits, which Pillow does not write and reads as multiples of 85 or 17."""
+    lanes = values.reshape(len(values), -1, 8 // bits)  # (H, bytes, values a byte)
+    packed = (lanes << np.arange(8 - bits, -1, -bits, dtype=np.uint8)).sum(axis=2).astype(np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def colour(root: Path) -> None:
+    write(root / "test" / "masks" / "3.png", shapes(3)[0])
+
+
+def jpeg(root: Path) -> None:
+    (root / "test" / "masks" / "3.png").unlink()
+    write(root / "test" / "masks" / "3.jpg", shapes(3)[1])
+
+
+def too_small(root: Path) -> None:
+    write(root / "test" / "masks" / "3.png", shapes(3)[1][:-1])
+
+
+def all_void(root: Path) -> None:
+    for path in (root / "test" / "masks").iterdir():
+        write(path, np.full((SIZE, SIZE), 255, np.uint8))
+
+
+def new_class(root: Path) -> None:
+    write(root / "test" / "masks" / "3.png", np.full((SIZE, SIZE), 3, np.uint8))
+
+
+def hole(root: Path) -> None:
+    """Class 2 is number 4 in training, so 3 is unknown there."""
+    for path in (root / "train" / "masks").iterdir():
+        mask = np.asarray(Image.open(path))
+        write(path, np.where(mask == 2, 4, mask).astype(np.uint8))
+
+
+def black_and_white(root: Path) -> None:
+    for path in root.glob("*/masks/*"):
+        write(path, np.where(shapes(0)[1] == 1, 255, 0).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: (root / "train" / "masks" / "1.png").unlink(),
+            r"1 of 2 files have no mask .*train/images/1\.bmp",
+        ),
+        (lambda root: (root / "test" / "images" / "3.bmp").unlink(), r"1 of 2 files have no image .*test/masks/3\.png"),
+        (lambda root: shutil.rmtree(root / "test"), "holds no masks of test or val"),
+        (lambda root: shutil.rmtree(root / "train" / "masks"), "holds no masks of train"),
+        (lambda root: (root / "train").rename(root / "learn"), "holds no masks of train"),
+        (lambda root: (root / "test").rename(root / "more"), "holds no masks of test"),
+        (
+            lambda root: write(root / "train" / "images" / "1.png", shapes(1)[0]),
+            "1.bmp and .*1.png differ by their ending",
+        ),
+        (lambda root: make_set(root / "again", {"train": 1}), "holds more than one data set: , again/"),
+        (lambda root: (root / "test" / "images" / "3.bmp").write_bytes(b"no"), "test/images/3.bmp: not an image"),
+        (lambda root: (root / "test" / "masks" / "3.png").write_bytes(b"no"), "test/masks/3.png: "),
+        (colour, r"test/masks/3\.png: a mask of mode RGB"),
+        (jpeg, r"test/masks/3\.jpg: a mask as JPEG"),
+        (too_small, r"test/masks/3\.png: is 64 x 63 \(width, height\), its image 64 x 64"),
+        (all_void, "all pixels of its 2 masks are void"),
+        (new_class, r"test/masks/3\.png: holds the value 3, class 3 of 3 \(counted from 0\): name it by --segm"),
+        (hole, "no pixel is of class 2, which .*test asks for"),
+        (black_and_white, r"one class beside void \(255\)\. Where 255 is a class"),
+    ],
+)
+def test_data_sets_that_would_mislead_are_refused(damage: Callable[[Path], object], message: str, small: Path) -> None:
+    open_masks(small)
+    damage(small)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_masks(small)
+
+
+def test_other_places_are_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"give train/images with train/masks .* it holds class0/00\.png"):
+        open_masks(photos)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder or .tar"):
+        open_masks(tmp_path / "nowhere")
+
+
+def test_declared_classes_are_a_limit(small: Path) -> None:
+    assert open_masks(small, num_classes=5)[0].classes == list("01234")
+    with pytest.raises(ImageError, match=r"train/masks/0\.png: holds the value 2, class 2 of 2"):
+        open_masks(small, num_classes=2)
+
+
+def test_test_images_are_not_training_images(small: Path, tmp_path: Path) -> None:
+    shutil.copy(small / "train" / "images" / "0.bmp", small / "test" / "images" / "2.bmp")
+    with pytest.raises(
+        ValueError, match=r"1 of 2 test images are among .* test/images/2\.bmp, which is train/images/0\.bmp"
+    ):
+        list(run_segmentation("test_vit@random", settings(small), place(tmp_path)))
+
+
+def test_settings_that_mean_nothing_are_refused(data: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"data": None}, "give a folder or .tar"),
+        ({"encoder": ()}, "frozen, fine_tuned or both"),
+        ({"crop_scale": (0.5, 1.5)}, "crop_scale"),
+        ({"epochs": 0}, "epochs"),
+    ):
+        wrong = dataclasses.replace(settings(data), **changes)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            list(run_segmentation("test_vit@random", wrong, place(tmp_path)))
+
+
+def test_camvid(real_data: Path) -> None:
+    train, test, census = open_masks(real_data / "camvid-240x180.tar", void=(11,))
+    assert (len(train), len(test), train.num_classes) == (367, 233, 11)
+    assert (census["train"].pixels > 0).all()

@@ -20,16 +20,16 @@ from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.detection import run_detection
-from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model, fingerprint_weights
+from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
+from training.evaluate.fidelity import run_reconstruction
 from training.evaluate.finetune import classify, fine_tune, run_finetune
 from training.evaluate.models import describe_model, open_autoencoder, open_model
 from training.evaluate.options import DENSE, LABELLED, Options
 from training.evaluate.protocols import ON_FEATURES
-from training.evaluate.fidelity import run_reconstruction
 from training.evaluate.report import write_report
 from training.evaluate.rows import Row
 from training.evaluate.segmentation import run_segmentation
-from training.evaluate.shift import Classifiers, linear_classifiers, run_shift
+from training.evaluate.shift import Classifiers, check_settings, linear_classifiers, run_shift
 from training.evaluate.split import check_pair, find_duplicates, name_groups
 from training.run.checkpoint import CheckpointError
 from training.run.folder import RunError, versions
@@ -97,6 +97,8 @@ def check_before(options: Options, sources: dict[str, ImageSource], prints: dict
     if "reconstruction" in options.protocols:
         for name in options.models:
             open_autoencoder(name)
+    if "shift" in options.protocols:
+        check_settings(options.shift, len(sources["test"]))
     for protocol in sorted(DENSE & set(options.protocols)):
         if getattr(options, protocol).data is None:
             raise ValueError(f"--protocols {protocol}: say on which images, by --{protocol}.data")
@@ -161,7 +163,7 @@ def judge_finetuned(name: str, sources: dict[str, ImageSource], options: Options
             kind="finetune",
             classes=tuple(train.classes),
             logits=lambda source: {"": classify(tuned.network, source, place)},
-            fingerprint=fingerprint_weights(tuned.network),
+            fingerprint=fingerprint_model(FeatureExtractor(tuned.network)),
             facts={"": {}},
         )
         for _, row in run_shift(classifiers, test, options.shift, place, seed=seed):
@@ -267,12 +269,10 @@ SHARES = ("accuracy", "miou", "pixel_accuracy", "box_ap", "box_ap50", "mask_ap",
 
 def show(result: dict[str, Any]) -> str:
     """One line of the table."""
-    scale, unit = {**dict.fromkeys(SHARES, (100, "%")), "psnr": (1, "dB")}.get(
-        result["metric"], (1, "")
-    )
+    scale, unit = {**dict.fromkeys(SHARES, (100, "%")), "psnr": (1, "dB")}.get(result["metric"], (1, ""))
     digits = 1 if scale == 100 else 3
     mean, low, high = (f"{scale * result['value'][name]:.{digits}f}" for name in ("mean", "low", "high"))
-    head = f"{result['model']:<44} {result['features']:<8} {result['protocol']:<14} {result['setting']:<8}"
+    head = f"{result['model']:<44} {result['features']:<8} {result['protocol']:<14} {result['setting']:<20}"
     return f"{head} {result['metric']:<8} {mean:>6} {unit:<2} [{low}, {high}]"
 
 
@@ -286,4 +286,4 @@ def main(options: Options) -> None:
     except (ValueError, OSError, RuntimeError, RunError, CheckpointError, ImageError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     if os.environ.get("RANK", "0") == "0":
-        print(f"{options.out / 'results.json'}: {len(found['results'])} figures; {options.out / 'report.html'} shows them")
+        print(f"{options.out / 'results.json'}: {len(found['results'])} figures, shown by report.html beside it")

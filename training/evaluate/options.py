@@ -16,9 +16,7 @@ from training.evaluate.segmentation import SegmentationSettings
 from training.evaluate.shift import ShiftSettings
 from training.evaluate.trainer import Engine
 
-Protocol = Literal[
-    "knn", "linear", "few_shot", "finetune", "shift", "reconstruction", "segmentation", "detection"
-]
+Protocol = Literal["knn", "linear", "few_shot", "finetune", "shift", "reconstruction", "segmentation", "detection"]
 LABELLED = frozenset(("knn", "linear", "few_shot", "finetune", "shift"))
 """Protocols that learn classes from labelled training images."""
 DENSE = frozenset(("segmentation", "detection"))

@@ -63,6 +63,8 @@ class Axis:
     """What runs along x."""
 
     label: str
+    range: tuple[float, float]
+    """Of what is drawn; the same in plots that stand side by side."""
     log: bool = False
     ticks: Mapping[float, str] | None = None
     """By default, whatever fits."""
@@ -88,7 +90,7 @@ def draw(series: Sequence[Series], axis: Axis, y_label: str, limits: tuple[float
     axes.set_ylim(*limits)
     axes.set_xlabel(axis.label, parse_math=False)
     axes.set_ylabel(y_label, parse_math=False)
-    _set_x(axes, axis, [x for one in series for x, _ in one.points])
+    _set_x(axes, axis)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.grid(color=_LINE, linewidth=0.6)
@@ -123,14 +125,18 @@ def _draw_series(axes: Axes, series: Series, marked: list[int] | None = None) ->
         axes.errorbar(xs, means, yerr=reach, fmt=marker, color=colour, markersize=6.5, capsize=3, elinewidth=1.3)
 
 
-def _set_x(axes: Axes, axis: Axis, values: Sequence[float]) -> None:
+def _set_x(axes: Axes, axis: Axis) -> None:
+    low, high = axis.range
     if axis.log:
+        margin = max(high / low, 2) ** 0.08
         axes.set_xscale("log")
-        far = max(values) / min(values)
-        margin = max(far, 2) ** 0.08
-        axes.set_xlim(min(values) / margin, max(values) * margin)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if far < 1000 else (1,)))
+        axes.set_xlim(low / margin, high * margin)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
         axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        margin = 0.08 * (high - low) or high
+        axes.set_xlim(low - margin, high + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     if axis.ticks:
         axes.xaxis.set_major_locator(FixedLocator(list(axis.ticks)))
@@ -173,7 +179,7 @@ def draw_plots(figures: Figures, numbers: Mapping[str, int], costs: Mapping[str,
         costs: Of an image, by model: a number above 0, and its unit.
     """
     kinds = _plot_labels(figures, numbers), _plot_costs(figures, numbers, costs), _plot_severities(figures, numbers)
-    return [plot for kind in kinds for plot in kind if plot.panels]
+    return [plot for kind in kinds for plot in kind]
 
 
 def _plot_labels(figures: Figures, numbers: Mapping[str, int]) -> Iterable[Plot]:
@@ -183,7 +189,7 @@ def _plot_labels(figures: Figures, numbers: Mapping[str, int]) -> Iterable[Plot]
     )
     for title, pattern, label in kinds:
         drawn: Drawn = {}
-        ticks = {}
+        ticks: dict[float, str] = {}
         for column, amount in _matching(figures, "few_shot", pattern):
             ticks[float(amount)] = column.setting
             for entry, value in _values(figures, column).items():
@@ -193,13 +199,13 @@ def _plot_labels(figures: Figures, numbers: Mapping[str, int]) -> Iterable[Plot]
         note = "Logistic regression on few labels; bands are 95 % intervals over the draws."
         for column, _ in _matching(figures, "linear", ".*") if "%" in pattern and drawn else ():
             ticks[100.0] = "100%"
-            note += (
-                " At 100 %, apart: the linear probe, which is another classifier, with its interval over the images."
-            )
+            note += " At 100 %, apart: the linear probe, another classifier, with its interval over the images."
             for entry, value in _values(figures, column).items():
                 one = Series(number=numbers[entry.name], points=((100.0, value),), joined=False)
                 drawn.setdefault(entry, []).append(one)
-        yield _assemble(title, note, drawn, Axis(label=label, log=True, ticks=ticks), "accuracy, %")
+        if drawn:
+            axis = Axis(label=label, range=(min(ticks), max(ticks)), log=True, ticks=ticks)
+            yield _assemble(title, note, drawn, axis, "accuracy, %")
 
 
 def _plot_costs(figures: Figures, numbers: Mapping[str, int], costs: Mapping[str, tuple[float, str]]) -> Iterable[Plot]:
@@ -210,14 +216,18 @@ def _plot_costs(figures: Figures, numbers: Mapping[str, int], costs: Mapping[str
         for features in dict.fromkeys(entry.features for entry, _ in figures):
             column = _of_compute(figures, features)
             values = {e: v for e, v in _values(figures, column).items() if e.features == features} if column else {}
-            known = {entry: value for entry, value in values.items() if costs.get(entry.name, (0, ""))[1] == unit}
-            if column is None or len(known) < 2:
+            shown = {entry: value for entry, value in values.items() if costs.get(entry.name, (0, ""))[1] == unit}
+            if column is None or len(shown) < 2:
                 continue
-            left_out |= {entry.name for entry in values if entry not in known}
-            for entry, value in known.items():
+            left_out |= {entry.name for entry in values if entry not in shown}
+            for entry, value in shown.items():
                 one = Series(number=numbers[entry.name], points=((costs[entry.name][0], value),), joined=False)
                 drawn.setdefault(column, {})[entry] = [one]
-        axis = Axis(label=f"{unit}, log scale", log=True)
+        if not drawn:
+            continue
+        known = [one.points[0][0] for found in drawn.values() for series in found.values() for one in series]
+        log = max(known) / min(known) >= 5
+        axis = Axis(label=f"{unit}{', log scale' * log}", range=(min(known), max(known)), log=log)
         names: list[str] = []
         panels: list[Panel] = []
         for column, found in drawn.items():
@@ -257,7 +267,9 @@ def _plot_severities(figures: Figures, numbers: Mapping[str, int]) -> Iterable[P
     severities = sorted({x for found in drawn.values() for x, _ in found[0].points})
     ticks = {x: f"{x:g}" if x else "clean" for x in severities}
     note = f"Mean over {len(corruptions)} corruptions of the test images; their own figures are in the tables."
-    yield _assemble("Accuracy against severity", note, drawn, Axis(label="severity", ticks=ticks), "accuracy, %")
+    if drawn:
+        axis = Axis(label="severity", range=(min(ticks), max(ticks)), ticks=ticks)
+        yield _assemble("Accuracy against severity", note, drawn, axis, "accuracy, %")
 
 
 def _matching(figures: Figures, protocol: str, pattern: str) -> list[tuple[Column, str]]:
@@ -283,8 +295,6 @@ def _values(figures: Figures, column: Column) -> dict[Entry, Interval]:
 def _assemble(title: str, note: str, drawn: Drawn, axis: Axis, y_label: str) -> Plot:
     """A panel a representation, all with the same axes."""
     values = [value for found in drawn.values() for one in found for _, value in one.points]
-    if not values:
-        return Plot(title, note, (), ())
     low, high = min(value.low for value in values), max(value.high for value in values)
     margin = 0.05 * (high - low) or 1.0
     limits = low - margin, high + margin

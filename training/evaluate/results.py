@@ -158,7 +158,7 @@ def _check_result(result: dict[str, Any]) -> dict[str, Any]:
     value = Interval(**{key: float(result["value"][key]) for key in ("mean", "low", "high")})
     if not all(map(math.isfinite, (value.mean, value.low, value.high))):
         raise ValueError(f"{result['model']}, {result['protocol']} {result['setting']}: {result['metric']} not finite")
-    seconds = {key: float(result[key]) for key in ("seconds", "extraction_seconds") if key in result}
+    seconds: dict[str, Any] = {key: float(result[key]) for key in ("seconds", "extraction_seconds") if key in result}
     return {**result, **seconds, "value": value, "detail": dict(result.get("detail", {}))}
 
 

@@ -117,9 +117,10 @@ def hold_back(features: Features, share: float, seed: int) -> tuple[Tensor, Tens
 
 def _hold_groups_back(features: Features, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     labels, groups = features.labels.numpy(), features.groups
-    folds = min(round(1 / share), len(set(groups or ())))
-    if folds < 2:
+    if len(set(groups or ())) < 2:
         raise ValueError("all images of --train belong to one group: none can be held back")
+    # more folds than groups, or than images in every class, cannot be in proportion
+    folds = min(round(1 / share), len(set(groups or ())), int(features.labels.bincount().max()))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     whole = [cut for cut in splitter.split(labels, labels, groups) if set(labels[cut[0]]) == set(labels)]
     if not whole:

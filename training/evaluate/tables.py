@@ -49,7 +49,11 @@ METRICS = {
     "ssim": Metric(title="SSIM"),
     "ms_ssim": Metric(title="MS-SSIM"),
     "fid": Metric(title="FID", digits=2, better="lower"),
+    "kid": Metric(title="KID", digits=4, better="lower"),
     "inception_score": Metric(title="Inception Score", digits=2),
+    "fd": Metric(title="Frechet distance", digits=2, better="lower"),
+    "kd": Metric(title="kernel distance", digits=4, better="lower"),
+    "score": Metric(title="score", digits=2),
 }
 """By name in small letters; of any other it is not known which way is better."""
 
@@ -93,9 +97,9 @@ PROTOCOLS = {
     "reconstruction": Protocol(
         title="reconstruction",
         about="Masked test images, rebuilt; hidden counts the hidden patches, image the prediction of every patch. "
-        "Intervals: normal, over the test images.",
+        "Intervals: normal, over the test images; of distances between sets of images, as the by-products say.",
         settings="hidden",
-        metrics="l1|psnr",
+        metrics="l1|psnr|fid",
     ),
     "finetune": Protocol(
         title="fine-tuning",
@@ -304,15 +308,18 @@ def build_table(
 def _on_its_side(written: dict[Column, dict[Entry, Cell]], entries: Sequence[Entry]) -> Table:
     """A row a column, those whose settings begin alike, as in NAME/1 and NAME/2, together."""
     metrics = list(dict.fromkeys(find_metric(column.metric).heading for column in written))
-    groups: dict[str, list[Line]] = {}
+    groups: dict[str, list[Line]] = {"": []}  # first, or its rows would seem to belong to the group above
     for column, cells in written.items():
-        group, _, label = column.setting.rpartition("/")
+        named = re.fullmatch("([^/,:]+)/([^/]+)", column.setting)
+        group, label = named.groups() if named else ("", column.setting)
         if len(metrics) > 1:
             label = f"{label} · {find_metric(column.metric).heading}"
         groups.setdefault(group, []).append(Line(label, tuple(cells.get(entry) for entry in entries)))
     heads = _heads([(entry.name, (), entry.label) for entry in entries])
     return Table(
-        metrics[0] if len(metrics) == 1 else "", heads, tuple((name, tuple(found)) for name, found in groups.items())
+        metrics[0] if len(metrics) == 1 else "",
+        heads,
+        tuple((name, tuple(found)) for name, found in groups.items() if found),
     )
 
 
