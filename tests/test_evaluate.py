@@ -18,12 +18,13 @@ from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate import features as cached
-from training.evaluate.command import Options, evaluate, main
+from training.evaluate.command import evaluate, main
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
 from training.evaluate.few_shot import draw_shots, few_shot
 from training.evaluate.intervals import mean_interval, sample_interval, share_interval
 from training.evaluate.linear import Standardise, choose, judge, linear_probe, train_probe
 from training.evaluate.models import open_autoencoder, open_model
+from training.evaluate.options import Options
 from training.evaluate.protocols import Settings
 from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction
 from training.evaluate.split import check_pair, hold_back, name_groups

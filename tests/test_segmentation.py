@@ -132,6 +132,7 @@ def test_a_frozen_encoder_stays_and_a_tuned_one_learns(name: str, data: Path, tm
         sum(pixel_loss(network, _batch(task.dataset)).values()).backward()  # type: ignore[union-attr]
         have = [parameter.grad is not None for parameter in network.encoder.parameters()]
         assert have == [mode == "fine_tuned"] * len(have)
+        assert have == [parameter.requires_grad for parameter in network.encoder.parameters()]
         assert all(parameter.grad is not None for parameter in network.decoding.parameters())
         fitted, _ = fit(task, SCHEDULE, {"recipe": {}, "data": {}}, tmp_path / mode, Engine(device="cpu"))
         same = [torch.equal(value, before[key]) for key, value in fitted.encoder.state_dict().items()]  # type: ignore[union-attr,operator]
@@ -456,7 +457,7 @@ def test_data_sets_that_would_mislead_are_refused(damage: Callable[[Path], objec
 def test_other_places_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"give train/images with train/masks .* it holds class0/00\.png"):
         open_masks(photos)
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder or .tar"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder or \.tar"):
         open_masks(tmp_path / "nowhere")
 
 

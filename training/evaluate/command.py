@@ -5,13 +5,14 @@ Features and runs are kept below `--out`, so a second call, or one after an inte
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from training.evaluate.rows import Row
 from training.evaluate.segmentation import run_segmentation
 from training.evaluate.shift import Classifiers, check_settings, linear_classifiers, run_shift
 from training.evaluate.split import check_pair, find_duplicates, name_groups
+from training.evaluate.tables import find_metric
 from training.run.checkpoint import CheckpointError
 from training.run.folder import RunError, versions
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
@@ -214,7 +216,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     if duplicates and duplicates.images and writes:
         print(duplicates)
     found: dict[str, Any] = {
-        "data": describe_data(options, sources, prints),
+        "date": datetime.date.today().isoformat(),
+        "data": describe_data(sources, prints),
         "duplicates": duplicates and dataclasses.asdict(duplicates),
         "settings": describe_settings(options),
         "versions": {**versions(), "scikit-learn": version("scikit-learn")},
@@ -227,6 +230,8 @@ def evaluate(options: Options) -> dict[str, Any]:
         for judge in JUDGES:
             for result in judge(name, sources, options):
                 found["results"].append(result)
+                if result["protocol"] in DENSE:
+                    found["data"][result["protocol"]] = result["detail"]["data"]
                 if writes:
                     print(show(result), flush=True)
         # after each model: what is found stays, whatever happens to the next
@@ -240,18 +245,22 @@ def write(found: dict[str, Any], out: Path) -> None:
     partial = out / ".partial_results.json"
     partial.write_text(json.dumps(found, indent=2) + "\n")
     partial.replace(out / "results.json")
-    write_report([(out / "results.json", found)], out / "report.html")
+    if found["results"]:
+        write_report([(out / "results.json", found)], out / "report.html")
 
 
-def describe_data(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> dict[str, Any]:
-    """What was evaluated on: by split, and by protocol where that has data of its own."""
-    described: dict[str, Any] = {
-        split: {"name": Path(source.spec).name, "images": len(source), "fingerprint": prints[split]}
+def describe_data(sources: dict[str, ImageSource], prints: dict[str, str]) -> dict[str, Any]:
+    """What was evaluated on, by split."""
+    return {
+        split: {"name": short_name(source.spec), "images": len(source), "fingerprint": prints[split]}
         for split, source in sources.items()
     }
-    for protocol in sorted(DENSE & set(options.protocols)):
-        described[protocol] = {"name": Path(getattr(options, protocol).data).name}
-    return described
+
+
+def short_name(spec: str) -> str:
+    """The last part of a path, with its folder's name where it is called by the split alone."""
+    path = PurePath(spec)
+    return "/".join(path.parts[-2:]) if path.name.partition(".")[0] in ("train", "val", "test") else path.name
 
 
 def describe_settings(options: Options) -> dict[str, Any]:
@@ -263,17 +272,12 @@ def describe_settings(options: Options) -> dict[str, Any]:
     return described
 
 
-SHARES = ("accuracy", "miou", "pixel_accuracy", "box_ap", "box_ap50", "mask_ap", "mask_ap50")
-"""Metrics that people read in per cent."""
-
-
-def show(result: dict[str, Any]) -> str:
+def show(result: Result) -> str:
     """One line of the table."""
-    scale, unit = {**dict.fromkeys(SHARES, (100, "%")), "psnr": (1, "dB")}.get(result["metric"], (1, ""))
-    digits = 1 if scale == 100 else 3
-    mean, low, high = (f"{scale * result['value'][name]:.{digits}f}" for name in ("mean", "low", "high"))
+    metric = find_metric(result["metric"])
+    mean, low, high = (metric.text(result["value"][name]) for name in ("mean", "low", "high"))
     head = f"{result['model']:<44} {result['features']:<8} {result['protocol']:<14} {result['setting']:<20}"
-    return f"{head} {result['metric']:<8} {mean:>6} {unit:<2} [{low}, {high}]"
+    return f"{head} {result['metric']:<16} {mean:>6} {metric.unit:<2} [{low}, {high}]"
 
 
 def main(options: Options) -> None:

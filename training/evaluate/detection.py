@@ -274,9 +274,9 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
         picture = Path("pictures") / f"{Path(str(detail['run'])).name}.png"
         if PartialState().is_main_process:
             draw(test, found, f"{name}, {mode}", place.out / picture)
-        detail |= {"picture": picture.as_posix(), "test": test.reader.json, "test_images": len(test)}
-        detail |= {"score_threshold": settings.score_threshold, "max_detections": settings.max_detections}
-        detail |= {"test_annotations": test.digest, "dropped_boxes": {"train": train.dropped, "test": test.dropped}}
+        data = {"name": Path(settings.data).name, "images": len(test), "fingerprint": test.digest}
+        detail |= {"picture": picture.as_posix(), "data": data, "train_images": len(train)}
+        detail |= {"dropped_boxes": {"train": train.dropped, "test": test.dropped}}
         truth = [test.objects(index) for index in range(len(test))]
         kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", "box"), ("segm", "mask"))
         results = {

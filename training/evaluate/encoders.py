@@ -3,7 +3,6 @@
 from typing import Any
 
 import timm
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from training.evaluate.models import RANDOM, open_model
@@ -14,17 +13,19 @@ def is_random(name: str) -> bool:
     return name.partition("@")[2] == RANDOM
 
 
-def build_encoder(name: str, *, seed: int = 0, **build: Any) -> nn.Module:
+def build_encoder(name: str, *, seed: int = 0, img_size: tuple[int, int] | None = None, **build: Any) -> nn.Module:
     """A timm module with the weights that a name means.
 
     Args:
         name: See `training/evaluate/models.py`; not `pixels:`.
         seed: Decides random weights, those of a new head too.
-        build: Arguments of `timm.create_model`: num_classes, img_size, global_pool, drop_path_rate, …
+        img_size: Height and width of the images in pixels, where it is not the configuration's; position embeddings
+            are resampled.
+        build: Arguments of `timm.create_model`: num_classes, global_pool, drop_path_rate, …
 
     Returns:
         The module on the CPU. With `global_pool="avg"` a ViT's final norm comes after pooling, as in MAE's
-        fine-tuning, and starts as the norm it was; absolute position embeddings are resampled to `img_size`.
+        fine-tuning, and starts as the norm it was.
 
     Raises:
         ValueError: If the name is of nothing that learns, or timm builds from these arguments what the weights do not
@@ -33,15 +34,14 @@ def build_encoder(name: str, *, seed: int = 0, **build: Any) -> nn.Module:
     if name.startswith("pixels:"):
         raise ValueError(f"{name} has no weights to train")
     extractor, _ = open_model(name, device="cpu", seed=seed)
-    source: nn.Module = extractor.model
-    with_size = {} if "img_size" not in build or hasattr(source, "patch_embed") else {"img_size"}
-    arguments = {key: value for key, value in build.items() if key not in with_size}
-    model: Any = timm.create_model(name.partition("@")[0], pretrained=False, **arguments)
-    state = _fitted(source.state_dict(), model)
+    model: Any = timm.create_model(name.partition("@")[0], pretrained=False, **build)
+    state = _fitted(extractor.model.state_dict(), model)
     missing, unexpected = model.load_state_dict(state, strict=False)
     heads = tuple(f"{head}." for head in _names(model.pretrained_cfg.get("classifier")))
     if wrong := [key for key in (*missing, *unexpected) if not key.startswith(heads)]:
         raise ValueError(f"{name}: weights do not fit the model that timm builds with {build}: {', '.join(wrong[:5])}")
+    if img_size and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=img_size)
     model.pretrained_cfg = dict(extractor.model.pretrained_cfg)
     return model
 
@@ -53,16 +53,11 @@ def _names(classifier: Any) -> tuple[str, ...]:
 
 
 def _fitted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """A state for `model`: without a head, norm and positions where it has them."""
+    """A state for `model`: without a head, the norm under the name it has there."""
     heads = tuple(f"{head}." for head in _names(model.pretrained_cfg.get("classifier")))
     state = {key: value for key, value in state.items() if not key.startswith(heads)}
     wanted = model.state_dict()
     for old, new in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
         if f"{new}weight" in wanted and f"{new}weight" not in state:
             state = {key.replace(old, new, 1) if key.startswith(old) else key: value for key, value in state.items()}
-    positions = state.get("pos_embed")
-    if positions is not None and positions.shape != wanted["pos_embed"].shape:
-        state["pos_embed"] = resample_abs_pos_embed(
-            positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=model.num_prefix_tokens
-        )
     return state

@@ -123,10 +123,8 @@ def load_pictures(sources: Sequence[Source]) -> tuple[Picture, ...]:
     for source in sources:
         for result in source.results:
             if "picture" in result["detail"]:
-                place, title = (
-                    (source.path.parent, str(result["detail"]["picture"])),
-                    find_protocol(result["protocol"]).title,
-                )
+                place = source.path.parent, str(result["detail"]["picture"])
+                title = find_protocol(result["protocol"]).title
                 captions.setdefault(place, {}).setdefault(title, {})[result["model"]] = None
     return tuple(
         _load(folder, name, "; ".join(f"{title}: {', '.join(models)}" for title, models in found.items()))

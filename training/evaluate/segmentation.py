@@ -263,9 +263,12 @@ def run_segmentation(name: str, settings: SegmentationSettings, place: Place) ->
             draw(shown, f"{name}, {mode}: mIoU {miou.mean:.3f}", test, place.out / picture)
         detail |= {
             "picture": picture.as_posix(),
-            "test": test.spec,
-            "images": {"train": len(train), "test": len(test)},
-            "fingerprints": {"test": fingerprint_data(test), "test_masks": census["test"].digest},
+            "data": {
+                "name": settings.data.name,
+                "images": len(test),
+                "fingerprint": f"{fingerprint_data(test)}-{census['test'].digest}",
+            },
+            "train_images": len(train),
             "iou_by_class": [None if math.isnan(iou) else iou for iou in score(counts.sum(dim=0))[2].tolist()],
         }
         seconds += time.monotonic() - started

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -135,7 +135,10 @@ def fit(
         progress = load_checkpoint(checkpoint, modules, {"optimizer": task.optimizer})
     if progress["step"] < schedule.steps:
         progress = _optimise(task, schedule, out, engine, accelerator, modules, ema, progress)
-    return modules.get("ema", network).eval(), progress["seconds"]
+    result = modules.get("ema", network).eval()
+    # the last step leaves every process with batch statistics of its own; the checkpoint holds those of the first
+    broadcast(list(result.buffers()))
+    return result, progress["seconds"]
 
 
 def _optimise(
