@@ -24,7 +24,8 @@ from torch_fidelity.utils import create_feature_extractor
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import open_image
 from training.data.images import ImageSource
-from training.evaluate import fidelity, judges, lite0
+from training.evaluate import feature_networks, fidelity, lite0
+from training.evaluate.feature_networks import FeatureNetwork, open_inception, open_network
 from training.evaluate.fidelity import (
     ReconstructionSettings,
     Responses,
@@ -34,7 +35,6 @@ from training.evaluate.fidelity import (
     open_judges,
     run_reconstruction,
 )
-from training.evaluate.judges import FeatureNetwork, open_inception, open_network
 from training.evaluate.models import open_autoencoder
 from training.evaluate.reconstruction import draw_reconstructions, measure_reconstruction, spread
 from training.evaluate.rows import Place, Row
@@ -211,7 +211,9 @@ def test_inception_is_torch_fidelitys_and_fid_only_with_the_published_weights(
     for found, expected in zip((features, logits), own(Images(images).images), strict=True):
         assert found is not None
         torch.testing.assert_close(found, expected)
-    monkeypatch.setattr(judges, "INCEPTION_SHA256", judges.hashlib.sha256(inception.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        feature_networks, "INCEPTION_SHA256", feature_networks.hashlib.sha256(inception.read_bytes()).hexdigest()
+    )
     published = open_inception(str(inception), device="cpu")
     assert (published.name, published.metrics) == ("", ("fid", "kid", "inception_score"))
 
@@ -219,7 +221,9 @@ def test_inception_is_torch_fidelitys_and_fid_only_with_the_published_weights(
 def test_statistics_of_inceptions_width_are_computed(
     inception: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judges, "INCEPTION_SHA256", judges.hashlib.sha256(inception.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        feature_networks, "INCEPTION_SHA256", feature_networks.hashlib.sha256(inception.read_bytes()).hexdigest()
+    )
 
     def cheap(self: FeatureExtractorInceptionV3, images: Tensor) -> tuple[Tensor, Tensor]:
         features = images.float().flatten(1)[:, :2048]

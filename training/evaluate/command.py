@@ -22,7 +22,7 @@ from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.detection import run_detection
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
-from training.evaluate.fidelity import run_reconstruction
+from training.evaluate.fidelity import open_judges, run_reconstruction
 from training.evaluate.finetune import classify, fine_tune, run_finetune
 from training.evaluate.models import describe_model, open_autoencoder, open_model
 from training.evaluate.options import DENSE, LABELLED, Options
@@ -99,6 +99,7 @@ def check_before(options: Options, sources: dict[str, ImageSource], prints: dict
     if "reconstruction" in options.protocols:
         for name in options.models:
             open_autoencoder(name)
+        open_judges(options.reconstruction, len(sources["test"]), options.settings.seed, "cpu")
     if "shift" in options.protocols:
         check_settings(options.shift, len(sources["test"]))
     for protocol in sorted(DENSE & set(options.protocols)):

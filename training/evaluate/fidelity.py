@@ -26,9 +26,9 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from training.data.images import ImageSource
+from training.evaluate.feature_networks import FeatureNetwork, check_installed, open_inception, open_network
 from training.evaluate.features import fingerprint_data, fingerprint_weights
 from training.evaluate.intervals import Interval, sample_interval
-from training.evaluate.judges import FeatureNetwork, check_installed, open_inception, open_network
 from training.evaluate.models import open_autoencoder
 from training.evaluate.reconstruction import Rebuilt, draw_reconstructions, measure_reconstruction, spread
 from training.evaluate.rows import Place, Row

@@ -98,8 +98,8 @@ PROTOCOLS = {
         title="reconstruction",
         about="Masked test images, rebuilt; hidden counts the hidden patches, image the prediction of every patch. "
         "Intervals: normal, over the test images; of distances between sets of images, as the by-products say.",
-        settings="hidden",
-        metrics="l1|psnr|fid",
+        settings="hidden.*",
+        metrics="l1|psnr|fid|fd",
     ),
     "finetune": Protocol(
         title="fine-tuning",
