@@ -34,8 +34,8 @@ class Row:
     protocol: str
     setting: str
     metric: str
-    """accuracy and other shares in [0, 1]; of reconstructions l1, psnr (decibel), ssim, ms_ssim, and of sets of them fid,
-    kid and inception_score, or by another network fd, kd and score."""
+    """accuracy and other shares in [0, 1]; of reconstructions l1, psnr (decibel), ssim, ms_ssim, and of sets of them
+    fid, kid and inception_score, or by another network than Inception fd, kd and score."""
     value: Interval
     """With its 95 % interval: over the test images, or over the draws."""
     seconds: float
