@@ -275,7 +275,7 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
         if PartialState().is_main_process:
             draw(test, found, f"{name}, {mode}", place.out / picture)
         data = {"name": Path(settings.data).name, "images": len(test), "fingerprint": test.digest}
-        detail |= {"picture": picture.as_posix(), "data": data, "train_images": len(train)}
+        detail |= {"picture": picture.as_posix(), "data": data, "train_images": len(train), "test": test.reader.json}
         detail |= {"dropped_boxes": {"train": train.dropped, "test": test.dropped}}
         truth = [test.objects(index) for index in range(len(test))]
         kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", "box"), ("segm", "mask"))

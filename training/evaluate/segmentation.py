@@ -263,6 +263,7 @@ def run_segmentation(name: str, settings: SegmentationSettings, place: Place) ->
             draw(shown, f"{name}, {mode}: mIoU {miou.mean:.3f}", test, place.out / picture)
         detail |= {
             "picture": picture.as_posix(),
+            "test": test.spec,
             "data": {
                 "name": settings.data.name,
                 "images": len(test),
