@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
@@ -362,6 +363,18 @@ def test_wrong_inputs_are_explained(photos: Path, others: Path, tmp_path: Path) 
     ):
         with pytest.raises(SystemExit, match=message):
             main(Options(**{"models": ("pixels:4",), "out": tmp_path / "out", "settings": Settings(k=(1,)), **changes}))  # type: ignore[arg-type]
+
+
+def test_images_of_mixed_modes_are_what_they_show(photos: Path, tmp_path: Path) -> None:
+    grey = Image.open(photos / "class0" / "00.png").convert("L")
+    variants = {"l": grey, "rgb": grey.convert("RGB"), "p": grey.convert("P"), "rgba": grey.convert("RGBA")}
+    for name, image in variants.items():
+        image.save(tmp_path / f"{name}.png")
+    features = extract(
+        FeatureExtractor(timm.create_model("vit_pico_patch8_pmae", pretrained=True)), ImageSource(tmp_path)
+    )
+    for row in features[1:]:
+        torch.testing.assert_close(row, features[0], atol=1e-5, rtol=1e-5)
 
 
 def test_splits_are_found_in_a_folder(photos: Path, others: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from training.evaluate.detection import run_detection
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
 from training.evaluate.fidelity import open_judges, run_reconstruction
 from training.evaluate.finetune import classify, fine_tune, run_finetune
-from training.evaluate.models import describe_model, open_autoencoder, open_model
+from training.evaluate.models import PIXELS, describe_model, open_autoencoder, open_model
 from training.evaluate.options import DENSE, LABELLED, Options
 from training.evaluate.protocols import ON_FEATURES
 from training.evaluate.report import write_report
@@ -126,7 +126,7 @@ def load_features(extractor: FeatureExtractor, source: ImageSource, options: Opt
 def judge_features(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
     """Every protocol on every representation of a frozen model: what it learned from `train`, it shows on `test`."""
     protocols = [protocol for protocol in options.protocols if protocol in ON_FEATURES]
-    shifts = "shift" in options.protocols and not ("finetune" in options.protocols and not protocols)
+    shifts = "shift" in options.protocols
     if not protocols and not shifts:
         return
     settings, place = options.settings, options.place
@@ -155,7 +155,7 @@ def judge_features(name: str, sources: dict[str, ImageSource], options: Options)
 
 def judge_finetuned(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
     """The model with all its weights learning from `train`, on `test` and on what `shift` makes of it."""
-    if "finetune" not in options.protocols or name.startswith("pixels:"):
+    if "finetune" not in options.protocols or name.startswith(PIXELS):
         return
     train, test, seed, place = sources["train"], sources["test"], options.settings.seed, options.place
     tuned = fine_tune(name, train, options.finetune, seed, place)
@@ -183,6 +183,8 @@ def judge_reconstruction(name: str, sources: dict[str, ImageSource], options: Op
 
 def judge_dense(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
     """Segmentation and detection, where they are asked for."""
+    if name.startswith(PIXELS):
+        return
     if "segmentation" in options.protocols:
         for row in run_segmentation(name, options.segmentation, options.place):
             yield result_of(name, row)

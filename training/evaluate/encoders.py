@@ -5,7 +5,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from training.evaluate.models import RANDOM, open_model
+from training.evaluate.models import PIXELS, RANDOM, open_model
 
 
 def is_random(name: str) -> bool:
@@ -31,7 +31,7 @@ def build_encoder(name: str, *, seed: int = 0, img_size: tuple[int, int] | None 
         ValueError: If the name is of nothing that learns, or timm builds from these arguments what the weights do not
             fit.
     """
-    if name.startswith("pixels:"):
+    if name.startswith(PIXELS):
         raise ValueError(f"{name} has no weights to train")
     extractor, _ = open_model(name, device="cpu", seed=seed)
     model: Any = timm.create_model(name.partition("@")[0], pretrained=False, **build)

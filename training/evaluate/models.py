@@ -22,6 +22,8 @@ from training.recipes import Recipe
 from training.weights import open_embedded, open_run
 
 RANDOM = "random"
+PIXELS = "pixels:"
+"""The beginning of names of no model: nothing that learns."""
 
 
 class Pixels(nn.Module):
@@ -66,8 +68,8 @@ def open_model(
         ValueError: If the name means nothing.
         FileNotFoundError: If there is no such file of weights.
     """
-    kind, _, size = name.partition(":")
-    if kind == "pixels":
+    if name.startswith(PIXELS):
+        size = name.removeprefix(PIXELS)
         if not size.isdigit() or not int(size):
             raise ValueError(f"{name}: give the side of the image in pixels, such as pixels:16")
         extractor = FeatureExtractor(Pixels(int(size)), "avg", device or "cpu", dtype)
