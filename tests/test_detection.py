@@ -31,6 +31,7 @@ from training.evaluate.detection import DetectionSettings, create_task, learn, p
 from training.evaluate.features import fingerprint_weights
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place
+from training.evaluate.split import find_duplicates
 from training.evaluate.trainer import Engine
 from training.networks.pyramid import Canvas, DetectorShape, PyramidBackbone, build_detector
 
@@ -226,10 +227,18 @@ def test_what_a_json_lacks_is_said(
         open_coco(small)
 
 
-def test_splits_that_are_missing_or_share_an_image_are_refused(small: Path, tmp_path: Path) -> None:
+def test_images_of_both_splits_are_counted_and_broken_ones_are_found_before_training(small: Path) -> None:
     (small / "val" / "10.png").write_bytes((small / "train" / "2.png").read_bytes())
-    with pytest.raises(ValueError, match=r"val/10\.png is the same image as train/2\.png"):
-        open_coco(small)
+    train, test = open_coco(small)
+    duplicates = find_duplicates(train, test)
+    assert (duplicates.images, duplicates.first) == (1, ("val/10.png", "train/2.png"))
+    test.look_at_all()
+    (small / "val" / "10.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"10\.png"):
+        open_coco(small)[1].look_at_all()
+
+
+def test_missing_splits_are_refused(small: Path, tmp_path: Path) -> None:
     (small / "annotations" / "instances_val.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no annotations/instances_test\.json and none of val"):
         open_coco(small)

@@ -15,19 +15,18 @@ from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.data.sampler import ImageKey
+from training.evaluate import trainer
 from training.evaluate.encoders import build_encoder
 from training.evaluate.finetune import (
     FineTuned,
-    FineTuneRecipe,
-    FineTuneSettings,
     LabelledViews,
     Mix,
     classify,
     create_task,
     fine_tune,
-    resolve_recipe,
     run_finetune,
 )
+from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, resolve_recipe
 from training.evaluate.rows import Place
 from training.evaluate.trainer import Engine
 from training.run import record
@@ -72,6 +71,7 @@ def test_recipes_are_those_that_mae_published(
     recipe = resolve_recipe(name, FineTuneSettings(), 0)
     assert (recipe.epochs, recipe.blr, recipe.layer_decay, recipe.drop_path) == (epochs, blr, layer_decay, drop_path)
     assert (recipe.batch_size, recipe.weight_decay, recipe.mixup, recipe.cutmix) == (1024, 0.05, 0.8, 1.0)
+    assert recipe.warmup_epochs == 5
     assert (recipe.smoothing, recipe.random_erase, recipe.augment) == (0.1, 0.25, "rand-m9-mstd0.5-inc1")
 
 
@@ -182,25 +182,63 @@ def test_mixing_keeps_shares_of_labels_and_depends_on_the_batch_alone() -> None:
 # --- however it is cut -----------------------------------------------------------------------------------------------
 
 
+EVERYTHING = FineTuneSettings(
+    epochs=5 / 3, batch_size=8, mixup=0.8, cutmix=1.0, drop_path=0.3, ema_decay=0.5, precision="bf16"
+)
+"""Five steps in which everything is drawn that can be."""
+
+
 def test_a_run_that_was_killed_ends_with_the_same_bits(
-    photos: Path, tmp_path: Path, straight: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = weights(tune(photos, tmp_path / "straight", EVERYTHING))
     after_step = record.RunRecord.after_step
 
     def fail_later(self: record.RunRecord, *rest: object) -> None:
         after_step(self, *rest)  # type: ignore[arg-type]
-        if self.step == 5:
+        if self.step == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(record.RunRecord, "after_step", fail_later)
     with pytest.raises(KeyboardInterrupt):
-        tune(photos, tmp_path)
+        tune(photos, tmp_path, EVERYTHING)
     monkeypatch.undo()
-    resumed = tune(photos, tmp_path)
-    assert all(torch.equal(tensor, straight[1][name]) for name, tensor in weights(resumed).items())
-    assert len((tmp_path / resumed.run / "metrics.jsonl").read_text().splitlines()) == 6
-    monkeypatch.setattr(record, "RunRecord", None)
-    tune(photos, tmp_path)  # a finished run is read, not run
+    torch.manual_seed(99)
+    resumed = tune(photos, tmp_path, EVERYTHING, workers=1)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+    assert len((tmp_path / resumed.run / "metrics.jsonl").read_text().splitlines()) == 5
+    monkeypatch.setattr(trainer, "_optimise", None)
+    tune(photos, tmp_path, EVERYTHING)  # a finished run is read, not run
+    with pytest.raises(TypeError):  # and another cut of the passes is another run
+        tune(photos, tmp_path, EVERYTHING, micro_batches=2)
+
+
+def test_the_recipe_reaches_the_transform(photos: Path) -> None:
+    views = create_task(PICO, ImageSource(photos), FineTuneRecipe()).dataset
+    assert isinstance(views, LabelledViews)
+    steps = " ".join(map(str, views.transform.transforms))
+    for word in ("RandomResizedCrop", "bicubic", "RandAugment", "magnitude_std=0.5", "RandomErasing", "p=0.25"):
+        assert word.lower() in steps.lower(), f"{word} is not in {steps}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--finetune.epochs is 0: it must be above 0"),
+        ({"ema_decay": 1.0}, "--finetune.ema-decay"),
+        ({"mixup": -1.0}, "--finetune.mixup"),
+        ({"batch_size": 25}, "more than the 24 training images"),
+    ],
+)
+def test_impossible_recipes_are_refused(changes: dict[str, float], message: str, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune(photos, tmp_path, FineTuneSettings(**changes))  # type: ignore[arg-type]
+
+
+def test_models_without_drop_path_can_learn_without_it() -> None:
+    build_encoder("densenet121@random", num_classes=2, drop_path_rate=0.0)
+    with pytest.raises(ValueError, match="cannot build densenet121"):
+        build_encoder("densenet121@random", num_classes=2, drop_path_rate=0.1)
 
 
 def test_micro_batches_change_rounding_only(

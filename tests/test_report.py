@@ -16,11 +16,11 @@ from markupsafe import escape
 from PIL import Image
 
 from training.evaluate.intervals import Interval
-from training.evaluate.plots import draw_swatch
-from training.evaluate.report import write_report
-from training.evaluate.results import read_results
-from training.evaluate.tables import Entry, rank
-from training.report import main
+from training.report.command import main
+from training.report.page import write_report
+from training.report.plots import draw_swatch
+from training.report.results import read_results
+from training.report.tables import Entry, rank
 
 ROOT = Path(__file__).parents[1]
 OURS, RANDOM = "vit_pico_patch8_pmae", "vit_pico_patch8_pmae@random"

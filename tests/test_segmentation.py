@@ -467,11 +467,16 @@ def test_declared_classes_are_a_limit(small: Path) -> None:
         open_masks(small, num_classes=2)
 
 
-def test_test_images_are_not_training_images(small: Path, tmp_path: Path) -> None:
+def test_test_images_that_are_training_images_are_counted_and_nothing_else_is_no_test(
+    small: Path, tmp_path: Path
+) -> None:
     shutil.copy(small / "train" / "images" / "0.bmp", small / "test" / "images" / "2.bmp")
-    with pytest.raises(
-        ValueError, match=r"1 of 2 test images are among .* test/images/2\.bmp, which is train/images/0\.bmp"
-    ):
+    rows = list(run_segmentation("test_vit@random", settings(small, epochs=1, encoder=("frozen",)), place(tmp_path)))
+    duplicates: Any = rows[0].detail["duplicates"]
+    assert (duplicates["images"], duplicates["first"]) == (1, ("test/images/2.bmp", "train/images/0.bmp"))
+    for file in (small / "test" / "images").iterdir():
+        shutil.copy(small / "train" / "images" / "0.bmp", file)
+    with pytest.raises(ValueError, match="all test images are training images"):
         list(run_segmentation("test_vit@random", settings(small), place(tmp_path)))
 
 

@@ -42,7 +42,7 @@ from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.run.checkpoint import CheckpointError, load_checkpoint
 from training.run.clock import StepClock
-from training.run.engine import create_accelerator
+from training.run.engine import create_accelerator, require_same_step
 from training.run.folder import RunError, create_run_folder, find_checkpoint, versions
 from training.run.record import Intervals, RunRecord
 from training.run.seeding import derive_seed
@@ -108,6 +108,7 @@ def pretrain(config: Config) -> None:
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}
     if checkpoint:
         progress = load_checkpoint(checkpoint, team.modules(), team.optimizers())
+    require_same_step(accelerator, progress["step"])
     progress = optimise(config, accelerator, source, team, total_steps, progress, measure)
     if accelerator.is_main_process:
         save_run_weights(out, team.exported, recipe, progress)
@@ -197,6 +198,7 @@ def create_record(
         ),
         keep=output.keep_checkpoints,
         max_broken=output.max_broken,
+        advice="Lower --blr (or --d-lr), set --clip-grad, or use --precision fp32.",
         clock=clock,
         draw=lambda path: grid.save(team.exported, path),
         measure=measure,

@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +88,7 @@ class Objects:
     labels: Tensor
     """(K,) int64 from 1: 0 is the background."""
     crowd: Tensor
-    """(K,) bool: a region of uncounted objects, from which nothing is learned and by which nothing is judged wrong."""
+    """(K,) bool: a region of uncounted objects: background where boxes are learned, judged neither right nor wrong."""
     areas: Tensor
     """(K,) float32 in pixels, as annotated."""
     segments: list[Json] | None
@@ -121,7 +122,7 @@ class CocoReader:
             found = json.loads(self.text)
             images, annotations, categories = (found[key] for key in ("images", "annotations", "categories"))
             self.classes = _classes(categories, self.where)
-            numbers = {entry["id"]: self.classes.index(entry["name"]) + 1 for entry in categories}
+            numbers = {entry["id"]: self.classes.index(str(entry["name"])) + 1 for entry in categories}
             self.images: list[Json] = sorted(images, key=lambda image: str(image["file_name"]))
             folder = re.sub(r".*instances_(\w+)\.json$", r"\1", self.json)
             self.names = [f"{folder}/{image['file_name']}" for image in self.images]
@@ -245,6 +246,16 @@ class CocoSource(ImageSource):
         image = self.reader.images[index]
         return int(image["height"]), int(image["width"])
 
+    def look_at_all(self) -> None:
+        """Decode everything once, before hours of training are spent on it.
+
+        Raises:
+            ImageError: If an image does not decode or is not of the size that the json has.
+            ValueError: If a segmentation is none.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+            list(pool.map(lambda index: (self.load(index), self.objects(index)), range(len(self))))
+
     def objects(self, index: int) -> Objects:
         """What is annotated in an image; perhaps nothing.
 
@@ -301,8 +312,8 @@ def open_coco(data: Path, *, masks: bool = True) -> tuple[CocoSource, CocoSource
 
     Raises:
         FileNotFoundError: If a json or an image is missing.
-        ValueError: If a json is not of this format, the splits' categories differ, a class is never annotated in
-            `train`, or an image is in both splits.
+        ValueError: If a json is not of this format, the splits' categories differ, or a class is never annotated in
+            `train`.
     """
     if data.is_dir():
         files: _Files = _Folder(data)
@@ -315,7 +326,6 @@ def open_coco(data: Path, *, masks: bool = True) -> tuple[CocoSource, CocoSource
         raise FileNotFoundError(f"{data}: holds no annotations/instances_test.json and none of val to be judged by")
     train, test = (CocoReader(files, split, str(data)) for split in ("train", judged_by))
     _check_classes(train, test)
-    _check_apart(train, test)
     annotated = [[bool(a.get("segmentation")) for part in split.annotations for a in part] for split in (train, test)]
     masks = masks and all(any(split) for split in annotated)
     return CocoSource(train, masks=masks), CocoSource(test, masks=masks)
@@ -331,21 +341,3 @@ def _check_classes(train: CocoReader, test: CocoReader) -> None:
     learned, asked = ({entry["label"] for part in split.annotations for entry in part} for split in (train, test))
     if missing := [train.classes[label - 1] for label in sorted(asked - learned)]:
         raise ValueError(f"{train.where}: has no box of {', '.join(missing)}, which {test.where} asks for")
-
-
-def _check_apart(train: CocoReader, test: CocoReader) -> None:
-    """Only files of the same size can be the same, so most are never read."""
-    sizes: dict[int, list[str]] = {}
-    for name in train.names:
-        sizes.setdefault(train.files.size(name), []).append(name)
-    digests: dict[str, bytes] = {}  # of training images that have been read
-    for name in test.names:
-        rivals = sizes.get(test.files.size(name), [])
-        if not rivals:
-            continue
-        own = hashlib.sha256(test.files.read(name)).digest()
-        for rival in rivals:
-            if rival not in digests:
-                digests[rival] = hashlib.sha256(train.files.read(rival)).digest()
-            if digests[rival] == own:
-                raise ValueError(f"{test.where}: {name} is the same image as {rival}, which is learned from")

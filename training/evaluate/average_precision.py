@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from training.data.coco import Json, Objects
-from training.evaluate.intervals import Interval
+from training.evaluate.intervals import Interval, percentile_interval
 from training.run.seeding import generator
 
 
@@ -88,8 +88,8 @@ def average_precision(
         n, draws = len(truth), (generator(seed, "bootstrap", index) for index in range(resamples))
         others = [_accumulate(judge, of_images[:, torch.randint(n, (n,), generator=it).numpy()]) for it in draws]
     return AveragePrecision(
-        ap=_interval(_mean(whole), [_mean(other) for other in others]),
-        ap50=_interval(_mean(whole[:1]), [_mean(other[:1]) for other in others]),
+        ap=percentile_interval(_mean(whole), [_mean(other) for other in others]),
+        ap50=percentile_interval(_mean(whole[:1]), [_mean(other[:1]) for other in others]),
         by_class={name: _mean(whole[:, :, c]) for c, name in enumerate(classes) if (whole[:, :, c] > -1).any()},
     )
 
@@ -105,14 +105,6 @@ def _accumulate(judge: Any, of_images: NDArray[Any]) -> NDArray[np.float64]:
 def _mean(precision: NDArray[np.float64]) -> float:
     known = precision[precision > -1]
     return float(known.mean()) if known.size else float("nan")
-
-
-def _interval(value: float, others: list[float]) -> Interval:
-    drawn = [other for other in others if other == other]  # a draw may miss every object
-    if not drawn:
-        return Interval(value, value, value)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(value, min(value, float(low)), max(value, float(high)))
 
 
 def _entries(image: int, objects: Objects | Predictions, kind: str) -> list[Json]:

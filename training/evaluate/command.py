@@ -15,24 +15,24 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
-
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.detection import run_detection
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
-from training.evaluate.fidelity import open_judges, run_reconstruction
+from training.evaluate.fidelity import run_reconstruction
 from training.evaluate.finetune import classify, fine_tune, run_finetune
-from training.evaluate.models import PIXELS, describe_model, open_autoencoder, open_model
-from training.evaluate.options import DENSE, LABELLED, Options
+from training.evaluate.models import PIXELS, describe_model, open_model
+from training.evaluate.options import DENSE, Options
 from training.evaluate.protocols import ON_FEATURES
-from training.evaluate.report import write_report
 from training.evaluate.rows import Row
 from training.evaluate.segmentation import run_segmentation
-from training.evaluate.shift import Classifiers, check_settings, linear_classifiers, run_shift
-from training.evaluate.split import check_pair, find_duplicates, name_groups
-from training.evaluate.tables import find_metric
+from training.evaluate.shift import Classifiers, linear_classifiers, run_shift
+from training.evaluate.sources import check_before, label, open_sources
+from training.evaluate.split import find_duplicates
+from training.report.page import write_report
+from training.report.results import read_results
+from training.report.tables import find_metric
 from training.run.checkpoint import CheckpointError
 from training.run.folder import RunError, versions
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
@@ -41,86 +41,11 @@ Result = dict[str, Any]
 """A row of results.json."""
 
 
-def find_split(data: Path, names: tuple[str, ...]) -> str:
-    """The folder or tar of a split.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    for name in names:
-        for ending in ("", ".tar", ".tar.gz"):
-            if (path := data / f"{name}{ending}").exists():
-                return str(path)
-    raise FileNotFoundError(
-        f"--data {data}: holds no {' or '.join(names)}, as a folder or .tar; or give --train, --test"
-    )
-
-
-def open_sources(options: Options) -> dict[str, ImageSource]:
-    """The `test` images and, where a protocol learns classes, the `train` images; none for dense protocols.
-
-    Raises:
-        FileNotFoundError: If they are missing.
-        ValueError: If it is not said where they are.
-    """
-    asked = set(options.protocols)
-    wanted = ("train", "test") if asked & LABELLED else ("test",) if "reconstruction" in asked else ()
-    given = {"train": options.train, "test": options.test}
-    if options.data:
-        if options.train or options.test:
-            raise ValueError("give either --data or --train and --test")
-        names = {"train": ("train",), "test": ("val", "test")}
-        given = {split: find_split(options.data, names[split]) for split in wanted}
-    splits = {"train": options.train_split, "test": options.test_split}
-    sources = {}
-    for split in wanted:
-        place = given[split]
-        if place is None:
-            raise ValueError(f"give --data DIR with train and val in it, or --train and --test (missing: {split})")
-        sources[split] = ImageSource(place, split=splits[split])
-    return sources
-
-
-def check_before(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> None:
-    """Refuse at once what would fail after hours.
-
-    Raises:
-        ValueError: If test images are the training images, k is too large, a model has no decoder to rebuild with, data
-            of a dense protocol are not given, or a protocol of one process is asked of several.
-    """
-    if "train" in sources and prints["train"] == prints["test"]:
-        raise ValueError("--train and --test are the same images: nothing would follow from such a test")
-    if "knn" in options.protocols and not 1 <= min(options.settings.k) <= max(options.settings.k) <= len(
-        sources["train"]
-    ):
-        raise ValueError(
-            f"--k is {options.settings.k}: at least 1 and at most the {len(sources['train'])} training images"
-        )
-    if "reconstruction" in options.protocols:
-        for name in options.models:
-            open_autoencoder(name)
-        open_judges(options.reconstruction, len(sources["test"]), options.settings.seed, "cpu")
-    if "shift" in options.protocols:
-        check_settings(options.shift, len(sources["test"]))
-    for protocol in sorted(DENSE & set(options.protocols)):
-        if getattr(options, protocol).data is None:
-            raise ValueError(f"--protocols {protocol}: say on which images, by --{protocol}.data")
-    alone = set(options.protocols) - DENSE - {"finetune"}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and alone:
-        raise ValueError(f"--protocols {' '.join(sorted(alone))}: run these in one process, not under a launcher")
-
-
 def load_features(extractor: FeatureExtractor, source: ImageSource, options: Options) -> Features:
     """Features with labels, from the cache where it has them."""
-    groups = name_groups(source, options.groups) if options.groups else None
-    rows = extract(
-        extractor,
-        source,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        cache=options.out / "features",
-    )
-    return Features(rows, torch.tensor(source.labels), tuple(source.classes), groups)
+    cache = options.out / "features"
+    rows = extract(extractor, source, batch_size=options.batch_size, workers=options.workers, cache=cache)
+    return label(rows, source, options)
 
 
 def judge_features(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
@@ -133,7 +58,6 @@ def judge_features(name: str, sources: dict[str, ImageSource], options: Options)
     extractor, representations = open_model(name, device=place.device, dtype=options.dtype, seed=settings.seed)
     started = time.monotonic()
     train, test = (load_features(extractor, sources[split], options) for split in ("train", "test"))
-    check_pair(train, test)
     facts = {"fingerprint": fingerprint_model(extractor), "extraction_seconds": time.monotonic() - started}
     for representation, columns in representations.items():
         for protocol in protocols:
@@ -185,11 +109,12 @@ def judge_dense(name: str, sources: dict[str, ImageSource], options: Options) ->
     """Segmentation and detection, where they are asked for."""
     if name.startswith(PIXELS):
         return
+    seed = options.settings.seed
     if "segmentation" in options.protocols:
-        for row in run_segmentation(name, options.segmentation, options.place):
+        for row in run_segmentation(name, dataclasses.replace(options.segmentation, seed=seed), options.place):
             yield result_of(name, row)
     if "detection" in options.protocols:
-        for row in run_detection(name, options.detection, options.place):
+        for row in run_detection(name, dataclasses.replace(options.detection, seed=seed), options.place):
             yield result_of(name, row)
 
 
@@ -227,6 +152,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         "models": {},
         "results": [],
     }
+    keep_earlier(found, options)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         found["models"][name] = describe_model(name)
@@ -241,6 +167,34 @@ def evaluate(options: Options) -> dict[str, Any]:
         if writes:
             write(found, options.out)
     return found
+
+
+def keep_earlier(found: dict[str, Any], options: Options) -> None:
+    """Add to `found` what an earlier command left in the folder and this one does not make anew.
+
+    Raises:
+        ValueError: If that is about other images, or made in another way.
+    """
+    file = options.out / "results.json"
+    if not file.exists():
+        return
+    earlier = read_results(file)
+    for part in ("data", "settings", "versions"):
+        now = json.loads(json.dumps(found[part]))
+        for key in earlier[part].keys() & now.keys():
+            if earlier[part][key] != now[key]:
+                raise ValueError(
+                    f"{file} has figures of other {part} ({key}: {earlier[part][key]}, now {now[key]}): "
+                    "give another --out, or delete it"
+                )
+        found[part] = {**earlier[part], **found[part]}
+    found["duplicates"] = found["duplicates"] or earlier.get("duplicates")
+    found["models"] = earlier.get("models", {})
+    found["results"] = [
+        result
+        for result in earlier["results"]
+        if result["model"] not in options.models or result["protocol"] not in options.protocols
+    ]
 
 
 def write(found: dict[str, Any], out: Path) -> None:
@@ -271,7 +225,11 @@ def describe_settings(options: Options) -> dict[str, Any]:
     described = dataclasses.asdict(options.settings)
     for protocol in ("finetune", "shift", "reconstruction", "segmentation", "detection"):
         if protocol in options.protocols:
-            described[protocol] = dataclasses.asdict(getattr(options, protocol))
+            chosen = dataclasses.asdict(getattr(options, protocol))
+            # what they were run on stands elsewhere, and the seed is the one above
+            described[protocol] = {
+                key: value for key, value in chosen.items() if key not in ("data", "encoder", "seed")
+            }
     return described
 
 

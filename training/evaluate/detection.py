@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Subset
@@ -22,15 +22,17 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from tyro.conf import Suppress
 
 from perceptual_mae_models.images import ImageError
 from training.data.boxes import DetectionViews, Target, fit_to_canvas
 from training.data.coco import CocoSource, Objects, decode_masks, encode_mask, open_coco
 from training.evaluate.average_precision import Predictions, average_precision
-from training.evaluate.encoders import is_random
-from training.evaluate.features import fingerprint_data, fingerprint_model
+from training.evaluate.encoders import encoder_groups, is_random
+from training.evaluate.features import combine, fingerprint_data, fingerprint_model
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
+from training.evaluate.split import find_duplicates
 from training.evaluate.trainer import Schedule, Task, fit, run_name
 from training.grids import labelled_rows
 from training.networks.pyramid import SCALES, DetectorShape, build_detector
@@ -95,7 +97,7 @@ class DetectionSettings:
     """Draws of test images for the intervals."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16: autocast in training; boxes stay float32."""
-    seed: int = 0
+    seed: Annotated[int, Suppress] = 0
     """Decides heads, random encoders, order and every draw."""
 
 
@@ -202,10 +204,7 @@ def create_task(
     layer_decay = 1.0 if is_random(name) else settings.layer_decay  # it protects what was learned before
     groups = param_groups_weight_decay(nn.ModuleList(_heads(network)), settings.weight_decay)
     if mode == "fine_tuned":
-        kept = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else ()
-        for group in param_groups_layer_decay(encoder, settings.weight_decay, kept, layer_decay=layer_decay):
-            # timm takes the last layer for a head; here the heads come on top of it
-            groups.append({**group, "lr_scale": group["lr_scale"] * layer_decay})
+        groups += encoder_groups(encoder, weight_decay=settings.weight_decay, layer_decay=layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     facts = {
         **dataclasses.asdict(settings),
@@ -267,6 +266,10 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
     check_settings(settings)
     assert settings.data is not None
     train, test = open_coco(settings.data, masks=settings.masks)
+    if (duplicates := find_duplicates(train, test)).images == len(test):
+        raise ValueError(f"{settings.data}: all test images are training images: nothing would follow")
+    for source in (train, test):
+        source.look_at_all()
     for mode in settings.encoder:
         network, detail, seconds = learn(name, train, settings, mode, place)
         started = time.monotonic()
@@ -274,8 +277,13 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
         picture = Path("pictures") / f"{Path(str(detail['run'])).name}.png"
         if PartialState().is_main_process:
             draw(test, found, f"{name}, {mode}", place.out / picture)
-        data = {"name": Path(settings.data).name, "images": len(test), "fingerprint": test.digest}
+        data = {
+            "name": Path(settings.data).name,
+            "images": len(test),
+            "fingerprint": combine(fingerprint_data(train), train.digest, fingerprint_data(test), test.digest),
+        }
         detail |= {"picture": picture.as_posix(), "data": data, "train_images": len(train), "test": test.reader.json}
+        detail["duplicates"] = dataclasses.asdict(duplicates)
         detail |= {"dropped_boxes": {"train": train.dropped, "test": test.dropped}}
         truth = [test.objects(index) for index in range(len(test))]
         kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", "box"), ("segm", "mask"))

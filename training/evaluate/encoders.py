@@ -3,9 +3,11 @@
 from typing import Any
 
 import timm
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from training.evaluate.models import PIXELS, RANDOM, open_model
+from training.run.seeding import derive_seed, seeded
 
 
 def is_random(name: str) -> bool:
@@ -34,7 +36,13 @@ def build_encoder(name: str, *, seed: int = 0, img_size: tuple[int, int] | None 
     if name.startswith(PIXELS):
         raise ValueError(f"{name} has no weights to train")
     extractor, _ = open_model(name, device="cpu", seed=seed)
-    model: Any = timm.create_model(name.partition("@")[0], pretrained=False, **build)
+    if not build.get("drop_path_rate"):
+        build.pop("drop_path_rate", None)  # not every architecture knows it
+    try:
+        with seeded(derive_seed(seed, "head")):
+            model: Any = timm.create_model(name.partition("@")[0], pretrained=False, **build)
+    except TypeError as error:
+        raise ValueError(f"timm cannot build {name} with {build}: {error}") from error
     state = _fitted(extractor.model.state_dict(), model)
     missing, unexpected = model.load_state_dict(state, strict=False)
     heads = tuple(f"{head}." for head in _names(model.pretrained_cfg.get("classifier")))
@@ -44,6 +52,20 @@ def build_encoder(name: str, *, seed: int = 0, img_size: tuple[int, int] | None 
         model.set_input_size(img_size=img_size)
     model.pretrained_cfg = dict(extractor.model.pretrained_cfg)
     return model
+
+
+def encoder_groups(encoder: Any, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """An optimiser's groups of an encoder's parameters that learn below new heads, which learn at the full rate.
+
+    Args:
+        encoder: A timm module without a head of its own.
+        weight_decay: Of matrices.
+        layer_decay: Factor of the learning rate from the heads to the last layer, and from each layer to the one below.
+    """
+    kept = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else ()
+    groups = param_groups_layer_decay(encoder, weight_decay, kept, layer_decay=layer_decay)
+    # timm takes the last layer for a head
+    return [{**group, "lr_scale": group["lr_scale"] * layer_decay} for group in groups]
 
 
 def _names(classifier: Any) -> tuple[str, ...]:

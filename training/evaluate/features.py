@@ -111,10 +111,10 @@ def extract(
     rows = []
     for start in range(0, len(source), IMAGES_A_FILE):
         file = folder and folder / f"{start:09d}.safetensors"
-        if file and file.exists():
-            rows.append(load_file(file)["features"])
-            continue
         numbers = range(start, min(start + IMAGES_A_FILE, len(source)))
+        if file and file.exists() and len(kept := load_file(file)["features"]) == len(numbers):
+            rows.append(kept)
+            continue
         batches = load_views(source, extractor.transform, numbers, batch_size, workers)
         features = torch.cat([extractor.encode(images) for images in batches])
         if broken := int((~features.isfinite()).any(dim=1).sum()):
@@ -173,6 +173,11 @@ def scan_data(source: ImageSource) -> Scan:
         digest.update(b"".join(digests.values()))
         _scans[source] = Scan(digest.hexdigest()[:16], digests)
     return _scans[source]
+
+
+def combine(*fingerprints: str) -> str:
+    """Sixteen hexadecimal digits that change with any of several fingerprints."""
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:16]
 
 
 def fingerprint_data(source: ImageSource) -> str:

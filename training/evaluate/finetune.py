@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -22,100 +22,15 @@ from torch.utils.data import Dataset, default_collate
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.data.sampler import ImageKey
-from training.evaluate.encoders import build_encoder, is_random
+from training.evaluate.encoders import build_encoder
 from training.evaluate.features import fingerprint_data, fingerprint_weights, load_views
+from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, resolve_recipe
 from training.evaluate.intervals import share_interval
 from training.evaluate.rows import Place, Row
 from training.evaluate.trainer import Schedule, Task, fit, run_name
 from training.run.checkpoint import write_atomically
+from training.run.engine import count_processes
 from training.run.seeding import derive_seed, seeded
-
-
-@dataclass(frozen=True, kw_only=True)
-class FineTuneRecipe:
-    """What decides the result of fine-tuning."""
-
-    epochs: float = 100
-    """Passes over the training images."""
-    batch_size: int = 1024
-    """Images a step, over all processes and micro-batches together."""
-    blr: float = 5e-4
-    """Base learning rate: that of 256 images a step."""
-    warmup: float = 0.05
-    """Share of the run in which the learning rate rises."""
-    layer_decay: float = 0.65
-    """A block learns at this factor of the rate of the block above it."""
-    weight_decay: float = 0.05
-    """AdamW weight decay, on matrices only."""
-    drop_path: float = 0.1
-    """Probability of leaving out the last block's branches; falls linearly to 0 at the first."""
-    augment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name of an augmentation policy; empty: none."""
-    random_erase: float = 0.25
-    """Probability of erasing a rectangle."""
-    mixup: float = 0.8
-    """Parameter of mixup's Beta distribution; 0: none."""
-    cutmix: float = 1.0
-    """The same for CutMix."""
-    smoothing: float = 0.1
-    """Label smoothing."""
-    ema_decay: float | None = None
-    """Decay a step of a moving average of the weights, which is then tested."""
-    clip_grad: float | None = None
-    """Largest gradient norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast with the loss in float32."""
-    seed: int = 0
-    """Decides the head's first weights, the order and every draw."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FineTuneSettings:
-    """Fine-tuning: what is left out has the value of MAE's recipe for the model."""
-
-    epochs: float | None = None
-    """Passes over the training images."""
-    batch_size: int | None = None
-    """Images a step, over all processes and micro-batches together."""
-    blr: float | None = None
-    """Base learning rate: that of 256 images a step."""
-    layer_decay: float | None = None
-    """A block learns at this factor of the rate of the block above it."""
-    drop_path: float | None = None
-    """Probability of leaving out the last block's branches."""
-    mixup: float | None = None
-    """Parameter of mixup's Beta distribution; 0: none."""
-    cutmix: float | None = None
-    """The same for CutMix."""
-    ema_decay: float | None = None
-    """Decay a step of a moving average of the weights, which is then tested."""
-    precision: Literal["bf16", "fp32"] | None = None
-    """Arithmetic."""
-
-
-RECIPES = {
-    "vit_base": FineTuneRecipe(),
-    "vit_large": FineTuneRecipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "vit_huge": FineTuneRecipe(epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
-    # ours: MAE has no encoder as small
-    "vit_pico": FineTuneRecipe(
-        epochs=30, batch_size=128, blr=2e-3, layer_decay=0.75, drop_path=0.0, mixup=0.2, precision="fp32"
-    ),
-}
-"""By the beginning of the architecture's name; the first where none fits."""
-
-
-def resolve_recipe(name: str, settings: FineTuneSettings, seed: int) -> FineTuneRecipe:
-    """The recipe of a model, with what the user set.
-
-    Random encoders learn at one rate: a decay over layers protects what was learned before.
-    """
-    kinds = (recipe for prefix, recipe in RECIPES.items() if name.startswith(prefix))
-    recipe = dataclasses.replace(next(kinds, RECIPES["vit_base"]), seed=seed)
-    if is_random(name):
-        recipe = dataclasses.replace(recipe, layer_decay=1.0)
-    given = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
-    return dataclasses.replace(recipe, **given)
 
 
 class LabelledViews(Dataset[Any]):
@@ -154,10 +69,10 @@ class Mix:
     """
 
     def __init__(self, recipe: FineTuneRecipe, num_classes: int) -> None:
-        self.seed, on = recipe.seed, recipe.mixup > 0 or recipe.cutmix > 0
+        self.seed = recipe.seed
         self.mix = (
             Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
-            if on
+            if recipe.mixes
             else None
         )
 
@@ -187,6 +102,10 @@ def create_task(name: str, source: ImageSource, recipe: FineTuneRecipe) -> Task:
         drop_path_rate=recipe.drop_path,
         global_pool="avg",
     )
+    head = network.get_classifier()
+    if isinstance(head, nn.Linear):
+        with seeded(derive_seed(recipe.seed, "head")):
+            nn.init.trunc_normal_(head.weight, std=2e-5)  # MAE's: the first gradients hardly reach the encoder
     config = resolve_model_data_config(network)
     transform = create_transform(
         input_size=config["input_size"],
@@ -245,7 +164,9 @@ class FineTuned:
     """What fine-tuning made."""
 
     network: nn.Module
-    """In evaluation mode on its device; its classes are those of the training images."""
+    """In evaluation mode on its device."""
+    classes: list[str]
+    """Names, by output."""
     recipe: FineTuneRecipe
     seconds: float
     run: str
@@ -256,7 +177,8 @@ def fine_tune(name: str, train: ImageSource, settings: FineTuneSettings, seed: i
     """Fine-tune a model, or go on with it where a killed command stopped.
 
     The run folder below `place.out / "runs"` keeps checkpoints and metrics, and at the end `classifier.safetensors`
-    (the timm model with `num_classes` and `global_pool="avg"`) and `encoder.safetensors` (without head).
+    (the timm model with `num_classes` and `global_pool="avg"`) and, of architectures that have no head by themselves,
+    `encoder.safetensors`, whose final norm comes before pooling again.
 
     Raises:
         ValueError: If the batch cannot be cut as it should, or the model cannot learn.
@@ -265,11 +187,15 @@ def fine_tune(name: str, train: ImageSource, settings: FineTuneSettings, seed: i
         Interrupted: If a signal asked to stop.
     """
     recipe = resolve_recipe(name, settings, seed)
+    if recipe.batch_size > len(train):
+        raise ValueError(
+            f"--finetune.batch-size {recipe.batch_size} is more than the {len(train)} training images: give fewer"
+        )
     task = create_task(name, train, recipe)
     steps = max(1, round(recipe.epochs * len(train) / recipe.batch_size))
     schedule = Schedule(
         steps=steps,
-        warmup_steps=round(recipe.warmup * steps),
+        warmup_steps=round(steps * min(0.5, recipe.warmup_epochs / recipe.epochs)),
         batch_size=recipe.batch_size,
         clip_grad=recipe.clip_grad,
         ema_decay=recipe.ema_decay,
@@ -280,15 +206,21 @@ def fine_tune(name: str, train: ImageSource, settings: FineTuneSettings, seed: i
         "recipe": {"model": name, **dataclasses.asdict(recipe)},
         "data": {"train": fingerprint_data(train), "weights": fingerprint_weights(task.network)},
     }
+    if recipe.mixes or recipe.drop_path:
+        # pairs and dropped branches are drawn inside a pass, so another cut is another run
+        cut = {"processes": count_processes(), "micro_batches": place.engine.micro_batches}
+        description["recipe"] |= cut
     out = place.out / "runs" / run_name("finetune", description)
     network, seconds = fit(task, schedule, description, out, place.engine)
     if PartialState().is_main_process:
         save_classifier(out, network, train.classes)
-    return FineTuned(network, recipe, seconds, str(out.relative_to(place.out)))
+    return FineTuned(network, train.classes, recipe, seconds, str(out.relative_to(place.out)))
 
 
 def run_finetune(tuned: FineTuned, test: ImageSource, place: Place) -> Iterator[Row]:
     """Accuracy of a fine-tuned model on `test`."""
+    if test.classes != tuned.classes:
+        raise ValueError(f"{test.spec} has other classes than were learned: {test.classes[:5]}, {tuned.classes[:5]}")
     right = classify(tuned.network, test, place).argmax(dim=1) == torch.tensor(test.labels)
     yield Row(
         protocol="finetune",

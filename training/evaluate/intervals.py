@@ -4,6 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
+import numpy as np
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -29,6 +30,18 @@ def mean_interval(values: list[float]) -> Interval:
         return Interval(mean, mean, mean)
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def percentile_interval(value: float, draws: list[float]) -> Interval:
+    """The percentile bootstrap's interval (Efron 1979), which holds the value itself.
+
+    Args:
+        value: Of the sample.
+        draws: The same of resamples; those that are no number, because a draw missed what is measured, do not count.
+    """
+    drawn = [draw for draw in draws if not math.isnan(draw)]
+    low, high = np.percentile(drawn, [2.5, 97.5]).tolist() if drawn else (value, value)
+    return Interval(value, min(value, low), max(value, high))
 
 
 def share_interval(right: Tensor) -> Interval:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from training.data.masks import VOID
-from training.evaluate.intervals import Interval
+from training.evaluate.intervals import Interval, percentile_interval
 from training.run.seeding import generator
 
 
@@ -59,6 +59,5 @@ def bootstrap(counts: Tensor, resamples: int, seed: int) -> tuple[Interval, Inte
     drawn_scores = score(totals.unflatten(1, counts.shape[1:]))  # (R, 3, C)
     intervals = []
     for mean, values in zip(score(counts.sum(dim=0))[:2], drawn_scores[:2], strict=True):
-        low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        intervals.append(Interval(mean.item(), low, high))
+        intervals.append(percentile_interval(mean.item(), values.tolist()))
     return intervals[0], intervals[1]

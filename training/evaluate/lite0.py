@@ -11,6 +11,7 @@ and deviation of timm's configuration are Google's to 1/255 (0.5 and 0.5; there 
 """
 
 import hashlib
+import pickle
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -107,7 +108,7 @@ def main(out: Annotated[Path, tyro.conf.Positional], checkpoint: Path | None = N
         file = checkpoint or find_checkpoint()
         state = convert(torch.load(file, map_location="cpu", weights_only=True))
         write_atomically(out, state, {"origin": file.name, "license": "Apache-2.0"})
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise SystemExit(f"lite0.py: {error}") from error
     print(f"{out}: {ARCHITECTURE}@{out}")
 

@@ -69,10 +69,7 @@ def open_model(
         FileNotFoundError: If there is no such file of weights.
     """
     if name.startswith(PIXELS):
-        size = name.removeprefix(PIXELS)
-        if not size.isdigit() or not int(size):
-            raise ValueError(f"{name}: give the side of the image in pixels, such as pixels:16")
-        extractor = FeatureExtractor(Pixels(int(size)), "avg", device or "cpu", dtype)
+        extractor = FeatureExtractor(Pixels(_pixels(name)), "avg", device or "cpu", dtype)
         return extractor, {"avg": slice(None)}
     architecture, _, weights = name.partition("@")
     torch.manual_seed(seed)
@@ -86,6 +83,29 @@ def open_model(
     both.metadata = {**extractor.metadata, "pool": "cls+avg"}
     width = both.feature_shape[0] // 2
     return both, {"cls": slice(0, width), "avg": slice(width, None), "cls+avg": slice(None)}
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that means nothing, without building anything.
+
+    Raises:
+        ValueError: If it does not.
+        FileNotFoundError: If there is no such file of weights.
+    """
+    if name.startswith(PIXELS):
+        _pixels(name)
+        return
+    architecture, _, weights = name.partition("@")
+    check_model_name(architecture)
+    if weights and weights != RANDOM and not Path(weights).is_file():
+        raise FileNotFoundError(f"{name}: no such file of weights")
+
+
+def _pixels(name: str) -> int:
+    size = name.removeprefix(PIXELS)
+    if not size.isdigit() or not int(size):
+        raise ValueError(f"{name}: give the side of the image in pixels, such as pixels:16")
+    return int(size)
 
 
 def describe_model(name: str) -> dict[str, int | float]:

@@ -9,7 +9,7 @@ import tyro
 from perceptual_mae_models.features import Precision
 from training.evaluate.detection import DetectionSettings
 from training.evaluate.fidelity import ReconstructionSettings
-from training.evaluate.finetune import FineTuneSettings
+from training.evaluate.finetune_recipe import FineTuneSettings
 from training.evaluate.protocols import Settings
 from training.evaluate.rows import Place
 from training.evaluate.segmentation import SegmentationSettings
@@ -30,7 +30,7 @@ class Options:
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """timm names, hf-hub: ids, NAME@FILE, NAME@random, pixels:16."""
     data: Path | None = None
-    """A folder with train and val (or test) in it: folders or tars."""
+    """A folder with train and test (else val) in it: folders or tars."""
     train: str | None = None
     """Instead of --data: labelled images to learn from; a folder, .tar, .tar.gz, idx file or hf: data set."""
     test: str | None = None

@@ -10,7 +10,7 @@ from training.evaluate.trainer import Engine
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where and how fast a protocol runs; nothing here changes a figure but by rounding."""
+    """Where and how a protocol runs; figures change by rounding alone, see `Engine` for the exception."""
 
     out: Path
     """Folder of the evaluation: caches, runs and pictures go below it."""

@@ -12,21 +12,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop, functional
+from tyro.conf import Suppress
 
 from perceptual_mae_models.images import ImageError
 from training.data.masks import VOID, Census, MaskSource, open_masks
 from training.data.sampler import ImageKey
-from training.evaluate.encoders import build_encoder, is_random
-from training.evaluate.features import fingerprint_data, fingerprint_weights
+from training.evaluate.encoders import build_encoder, encoder_groups, is_random
+from training.evaluate.features import combine, fingerprint_data, fingerprint_weights
 from training.evaluate.iou import bootstrap, count_pixels, score
 from training.evaluate.rows import Place, Row
 from training.evaluate.split import find_duplicates
@@ -81,7 +82,7 @@ class SegmentationSettings:
     """Draws of test images for the intervals."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16: autocast in training."""
-    seed: int = 0
+    seed: Annotated[int, Suppress] = 0
     """Decides decoders, random encoders, order and every draw."""
 
 
@@ -182,8 +183,7 @@ def create_task(
     layer_decay = 1.0 if is_random(name) else settings.layer_decay  # it protects what was learned before
     groups = param_groups_weight_decay(network.decoding, settings.weight_decay)
     if mode == "fine_tuned":
-        kept = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else ()
-        groups += param_groups_layer_decay(encoder, settings.weight_decay, kept, layer_decay=layer_decay)
+        groups += encoder_groups(encoder, weight_decay=settings.weight_decay, layer_decay=layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     facts = dataclasses.asdict(settings) | {"num_classes": len(train.classes), "layer_decay": layer_decay}
     recipe = {key: value for key, value in facts.items() if key not in NOT_IN_RECIPE}
@@ -251,8 +251,8 @@ def run_segmentation(name: str, settings: SegmentationSettings, place: Place) ->
     check_settings(settings)
     assert settings.data is not None
     train, test, census = open_masks(settings.data, void=settings.void, num_classes=settings.num_classes)
-    if (shared := find_duplicates(train, test)).images:
-        raise ValueError(f"{settings.data}: {shared}; nothing would follow from such a test")
+    if (duplicates := find_duplicates(train, test)).images == len(test):
+        raise ValueError(f"{settings.data}: all test images are training images: nothing would follow")
     for mode in settings.encoder:
         network, detail, seconds = learn(name, train, census["train"], settings, mode, place)
         started = time.monotonic()
@@ -267,9 +267,12 @@ def run_segmentation(name: str, settings: SegmentationSettings, place: Place) ->
             "data": {
                 "name": settings.data.name,
                 "images": len(test),
-                "fingerprint": f"{fingerprint_data(test)}-{census['test'].digest}",
+                "fingerprint": combine(
+                    fingerprint_data(train), census["train"].digest, fingerprint_data(test), census["test"].digest
+                ),
             },
             "train_images": len(train),
+            "duplicates": dataclasses.asdict(duplicates),
             "iou_by_class": [None if math.isnan(iou) else iou for iou in score(counts.sum(dim=0))[2].tolist()],
         }
         seconds += time.monotonic() - started

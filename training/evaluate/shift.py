@@ -148,7 +148,9 @@ def _are_numbers(names: Iterable[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Shifted:
+class ShiftedSet:
+    """A labelled set to test on."""
+
     name: str
     source: ImageSource
     labels: Tensor
@@ -157,7 +159,13 @@ class _Shifted:
     """(K,), the classes to choose from, ascending."""
 
 
-def _open_shifted(settings: ShiftSettings, classes: tuple[str, ...]) -> list[_Shifted]:
+def open_shifted(settings: ShiftSettings, classes: tuple[str, ...]) -> list[ShiftedSet]:
+    """The other labelled sets, with labels as numbers of the classes that are learned.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If a class of it is not among those.
+    """
     found = []
     names = [Path(spec).name.removesuffix(".gz").removesuffix(".tar") for spec in settings.data]
     for spec, name in zip(settings.data, names, strict=True):
@@ -167,7 +175,7 @@ def _open_shifted(settings: ShiftSettings, classes: tuple[str, ...]) -> list[_Sh
         # to choose from one class would always be right
         among = present if len(present) > 1 else torch.arange(len(classes))
         clear = names.count(name) == 1 and name != CLEAN
-        found.append(_Shifted(name if clear else spec, source, labels, among))
+        found.append(ShiftedSet(name if clear else spec, source, labels, among))
     return found
 
 
@@ -217,7 +225,7 @@ def run_shift(
         ImageError: If an image does not decode.
     """
     check_settings(settings, len(test))
-    shifted = _open_shifted(settings, classifiers.classes)
+    shifted = open_shifted(settings, classifiers.classes)
     labels = match_labels(test.classes, test.labels, classifiers.classes, test.spec)
     started = time.monotonic()
     clean = classifiers.logits(test)
@@ -285,7 +293,7 @@ def _share(right: Tensor) -> float | None:
 
 
 def _judge_shifted(
-    classifiers: Classifiers, item: _Shifted, clean: Mapping[str, Tensor], labels: Tensor
+    classifiers: Classifiers, item: ShiftedSet, clean: Mapping[str, Tensor], labels: Tensor
 ) -> Iterator[tuple[str, Row]]:
     started = time.monotonic()
     logits = classifiers.logits(item.source)

@@ -27,7 +27,10 @@ def name_groups(source: ImageSource, pattern: str) -> tuple[str, ...]:
     Raises:
         ValueError: If it has no group, or an image's name does not match.
     """
-    compiled = re.compile(pattern)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--groups {pattern} is no regular expression: {error}") from error
     if compiled.groups != 1:
         raise ValueError(f"--groups {pattern}: put one pair of parentheses around what names the group")
     groups = []

@@ -25,7 +25,7 @@ from perceptual_mae_models.images import ImageError
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.checkpoint import load_checkpoint
 from training.run.clock import StepClock
-from training.run.engine import create_accelerator
+from training.run.engine import create_accelerator, require_same_step
 from training.run.folder import create_run_folder, find_checkpoint, versions
 from training.run.record import Intervals, RunRecord
 from training.run.seeding import derive_seed
@@ -35,7 +35,11 @@ from training.team import NonFiniteGuard, Player
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What changes the speed of a supervised run and nothing else."""
+    """How a supervised run is computed.
+
+    It decides speed and rounding alone, except where something is drawn inside a pass (mixup, drop path, proposals,
+    batch statistics): there the number of passes changes the draw.
+    """
 
     device: str = "auto"
     """auto: a GPU where there is one."""
@@ -49,6 +53,11 @@ class Engine:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batches", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +142,7 @@ def fit(
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}
     if checkpoint:
         progress = load_checkpoint(checkpoint, modules, {"optimizer": task.optimizer})
+    require_same_step(accelerator, progress["step"])
     if progress["step"] < schedule.steps:
         progress = _optimise(task, schedule, out, engine, accelerator, modules, ema, progress)
     result = modules.get("ema", network).eval()
@@ -173,8 +183,9 @@ def _optimise(
         total_steps=schedule.steps,
         batch_size=schedule.batch_size,
         intervals=Intervals(log=engine.log_every, checkpoint=engine.checkpoint_every, grid=0),
-        keep=1,
+        keep=2,
         max_broken=0.0,
+        advice="Lower the learning rate, limit the gradient norm or take float32: --help names the protocol's flags.",
         clock=clock,
     )
     network.train()

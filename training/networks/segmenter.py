@@ -5,6 +5,7 @@ Dense Prediction"), on the maps of four blocks, evenly spaced and before the fin
 hierarchy of maps stands a feature pyramid (Kirillov et al. 2019, "Panoptic Feature Pyramid Networks").
 """
 
+import inspect
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -37,7 +38,9 @@ class _DPT(nn.Module):
         super().__init__()
         depth = min(DPT_BLOCKS, len(reductions))
         self.indices = sample_block_indices_uniformly(depth, len(reductions))
-        self.prefix = getattr(encoder, "num_prefix_tokens", 0) > 0  # maps come with the tokens before them
+        # maps can come with the tokens before them, but not from every model that has such
+        gives = "return_prefix_tokens" in inspect.signature(encoder.forward_intermediates).parameters
+        self.prefix = gives and getattr(encoder, "num_prefix_tokens", 0) > 0
         # strides between powers of two (patches of 14) are taken for the next one; the logits are resized in the end
         stride = 2 ** math.ceil(math.log2(reductions[0]))
         self.least = reductions[0] * max(1, 2 ** (depth + 1) // stride)

@@ -1,5 +1,6 @@
 """The processes and devices of a run, through accelerate."""
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -7,8 +8,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
+from training.run.folder import RunError
+
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one that measures something alone."""
+
+
+def count_processes() -> int:
+    """Processes of the launcher that started this one; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def require_same_step(accelerator: Accelerator, step: int) -> None:
+    """Make sure that every process goes on from the same checkpoint.
+
+    Raises:
+        RunError: If they do not: machines of a run have to share its folder.
+    """
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device))
+    if int(steps.min()) != int(steps.max()):
+        raise RunError(f"processes found checkpoints of steps {steps.tolist()}: put the run's folder on a shared disk")
 
 
 def create_accelerator(out: Path, *, device: str = "auto", track: tuple[str, ...] = ()) -> Accelerator:
@@ -18,7 +37,12 @@ def create_accelerator(out: Path, *, device: str = "auto", track: tuple[str, ...
         out: The run folder, where trackers write.
         device: "auto" or "cuda": a GPU where there is one; "cpu": none.
         track: Where metrics go besides `metrics.jsonl`.
+
+    Raises:
+        ValueError: If a GPU is asked for and there is none.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no NVIDIA GPU")
     # without cpu=True, accelerate takes the processes of a launcher on a machine without GPUs for single ones
     use_cpu = device == "cpu" or not torch.accelerator.is_available()
     return Accelerator(

@@ -41,6 +41,7 @@ class RunRecord:
         intervals: How often to log, checkpoint, draw and measure.
         keep: Checkpoints to keep.
         max_broken: Stop when a larger share of the images did not decode.
+        advice: What to do when a loss is not finite.
         clock: Marked by the loop; its shares go into the metrics.
         draw: Writes a picture to the given path; None: there are no pictures.
         measure: Further metrics, asked for on the main process alone, at its interval and after the last step; what it
@@ -62,6 +63,7 @@ class RunRecord:
         intervals: Intervals,
         keep: int,
         max_broken: float,
+        advice: str,
         clock: StepClock,
         draw: Callable[[Path], None] | None = None,
         measure: Callable[[], dict[str, float]] | None = None,
@@ -71,6 +73,7 @@ class RunRecord:
         self.modules, self.optimizers = modules, optimizers
         self.total_steps, self.batch_size = total_steps, batch_size
         self.intervals, self.keep, self.max_broken, self.draw = intervals, keep, max_broken, draw
+        self.advice = advice
         self.clock, self.measure, self.utilisation = clock, measure, utilisation
         self.step: int = progress["step"]
         self.broken: float = progress["broken"]
@@ -161,7 +164,7 @@ class RunRecord:
         if bad:
             raise RunError(
                 f"{', '.join(bad)} became non-finite between steps {step_then} and {self.step}; the last checkpoint is "
-                f"from before. Lower --blr (or --d-lr), set --clip-grad, or use --precision fp32."
+                f"from before. {self.advice}"
             )
         if self.broken > self.max_broken * self.step * self.batch_size:
             raise RunError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.evaluate.intervals import Interval
-from training.evaluate.tables import PROTOCOLS, Column, Entry, Figure, Figures, find_protocol
+from training.report.tables import PROTOCOLS, Column, Entry, Figure, Figures, find_protocol
 
 
 @dataclass(frozen=True, kw_only=True)

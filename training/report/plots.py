@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from training.evaluate.intervals import Interval
-from training.evaluate.tables import Column, Entry, Figures, find_metric, find_protocol, list_headlines
+from training.report.tables import Column, Entry, Figures, find_metric, find_protocol, list_headlines
 
 COLOURS = 8
 MARKERS = "os^DvPX*"

@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from training.evaluate.plots import Plot, draw_plots, draw_swatch
-from training.evaluate.results import Part, Source, flatten, group_sources, list_differences, parse, place_figures
-from training.evaluate.tables import Entry, Figures, Protocol, Table, build_table, find_protocol, list_headlines
+from training.report.plots import Plot, draw_plots, draw_swatch
+from training.report.results import Part, Source, flatten, group_sources, list_differences, parse, place_figures
+from training.report.tables import Entry, Figures, Protocol, Table, build_table, find_protocol, list_headlines
 
 WIDEST_PICTURE = 1600
 """Pixels, to which pictures are shrunk."""
@@ -224,7 +224,7 @@ def write_report(found: Sequence[tuple[Path, Any]], out: Path) -> None:
     )
     numbers = itertools.count()
     environment.filters["inline"] = lambda svg: Markup(number_names(svg, next(numbers)))
-    page = environment.get_template("report.html").render(
+    page = environment.get_template("page.html").render(
         data_sets=[build_data_set(group, figures, models) for group, figures in groups],
         models=models,
         sources=sources,

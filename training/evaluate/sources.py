@@ -1,0 +1,112 @@
+"""The images that a command names, and whether its protocols can follow from them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.data.images import ImageSource
+from training.evaluate.features import Features
+from training.evaluate.few_shot import draw_shots
+from training.evaluate.fidelity import open_judges
+from training.evaluate.models import check_name, open_autoencoder
+from training.evaluate.options import DENSE, LABELLED, Options
+from training.evaluate.shift import check_settings, open_shifted
+from training.evaluate.split import check_pair, hold_back, name_groups
+from training.run.engine import count_processes
+
+
+def find_split(data: Path, names: tuple[str, ...]) -> str:
+    """The folder or tar of a split.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    for name in names:
+        for ending in ("", ".tar", ".tar.gz"):
+            if (path := data / f"{name}{ending}").exists():
+                return str(path)
+    raise FileNotFoundError(
+        f"--data {data}: holds no {' or '.join(names)}, as a folder or .tar; or give --train, --test"
+    )
+
+
+def open_sources(options: Options) -> dict[str, ImageSource]:
+    """The `test` images and, where a protocol learns classes, the `train` images; none for dense protocols.
+
+    Raises:
+        FileNotFoundError: If they are missing.
+        ValueError: If it is not said where they are.
+    """
+    asked = set(options.protocols)
+    wanted = ("train", "test") if asked & LABELLED else ("test",) if "reconstruction" in asked else ()
+    given = {"train": options.train, "test": options.test}
+    if options.data:
+        if options.train or options.test:
+            raise ValueError("give either --data or --train and --test")
+        names = {"train": ("train",), "test": ("test", "val")}
+        given = {split: find_split(options.data, names[split]) for split in wanted}
+    splits = {"train": options.train_split, "test": options.test_split}
+    sources = {}
+    for split in wanted:
+        place = given[split]
+        if place is None:
+            raise ValueError(f"give --data DIR with train and val in it, or --train and --test (missing: {split})")
+        flag = "--data" if options.data else f"--{split}"
+        sources[split] = ImageSource(place, split=splits[split], flag=flag)
+    return sources
+
+
+def check_before(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> None:
+    """Refuse at once what would fail after hours.
+
+    Raises:
+        ValueError: If a name means nothing, nothing can be learned from these images, a model has no decoder to rebuild
+            with, data of a dense protocol are not given, or a protocol of one process is asked of several.
+        FileNotFoundError: If weights or images are missing.
+    """
+    for name in options.models:
+        check_name(name)
+    if "train" in sources:
+        check_learning(options, sources, prints)
+    if "reconstruction" in options.protocols:
+        for name in options.models:
+            open_autoencoder(name)
+        open_judges(options.reconstruction, len(sources["test"]), options.settings.seed, "cpu")
+    for protocol in sorted(DENSE & set(options.protocols)):
+        if getattr(options, protocol).data is None:
+            raise ValueError(f"--protocols {protocol}: say on which images, by --{protocol}.data")
+    alone = set(options.protocols) - DENSE - {"finetune"}
+    if count_processes() > 1 and alone:
+        raise ValueError(f"--protocols {' '.join(sorted(alone))}: run these in one process, not under a launcher")
+
+
+def check_learning(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> None:
+    """The part of `check_before` about labels.
+
+    Raises:
+        ValueError: If test images are the training images, classes or groups of the two do not fit, or there are too
+            few images for what a protocol takes of them.
+        FileNotFoundError: If a shifted set is missing.
+    """
+    if prints["train"] == prints["test"]:
+        raise ValueError("--train and --test are the same images: nothing would follow from such a test")
+    settings, protocols = options.settings, options.protocols
+    train, test = (label(torch.empty(len(sources[split]), 0), sources[split], options) for split in ("train", "test"))
+    check_pair(train, test)
+    if "knn" in protocols and not 1 <= min(settings.k) <= max(settings.k) <= len(train):
+        raise ValueError(f"--k is {settings.k}: at least 1 and at most the {len(train)} training images")
+    if {"linear", "shift"} & set(protocols):
+        hold_back(train, settings.hold_back, settings.seed)
+    if "few_shot" in protocols:
+        for amount in settings.shots:
+            draw_shots(train.labels, amount, torch.Generator())
+    if "shift" in protocols:
+        check_settings(options.shift, len(test))
+        open_shifted(options.shift, train.classes)
+
+
+def label(rows: Tensor, source: ImageSource, options: Options) -> Features:
+    """Rows of a source's images with its labels, classes and groups."""
+    groups = name_groups(source, options.groups) if options.groups else None
+    return Features(rows, torch.tensor(source.labels), tuple(source.classes), groups)
