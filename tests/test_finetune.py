@@ -217,7 +217,7 @@ def test_the_recipe_reaches_the_transform(photos: Path) -> None:
     views = create_task(PICO, ImageSource(photos), FineTuneRecipe()).dataset
     assert isinstance(views, LabelledViews)
     steps = " ".join(map(str, views.transform.transforms))
-    for word in ("RandomResizedCrop", "bicubic", "RandAugment", "magnitude_std=0.5", "RandomErasing", "p=0.25"):
+    for word in ("RandomResizedCrop", "bicubic", "RandAugment", "m=9, mstd=0.5", "RandomErasing", "p=0.25"):
         assert word.lower() in steps.lower(), f"{word} is not in {steps}"
 
 
