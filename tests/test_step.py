@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from training.draws import draw
+from training.networks import discriminator
 from training.penalties import penalties
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.step import clip_gradient, training_step
@@ -20,6 +22,27 @@ from training.team import NonFiniteGuard, Team, create_team
 PICO = "vit_pico_patch8_pmae"
 FIVE = ("mae", "ms_ssim", "ls_gan_p", "msg_gan_p", "stylegan2_ada_p")
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def without_jumps() -> Iterator[None]:
+    """What makes gradients of the same step differ by more than rounding, on one processor or another, taken away.
+
+    oneDNN's convolutions have another precision for another size of the batch (7e-4 instead of 6e-6), and a leaky
+    ReLU's slope jumps at zero: a smooth stand-in with its slopes far from there takes its place.
+    """
+    before, kinked = torch.backends.mkldnn.enabled, discriminator._rectify
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns of Intel GPUs
+    discriminator._rectify = lambda x: 0.2 * x + 0.8 * torch.nn.functional.softplus(x, beta=5)
+    yield
+    discriminator._rectify = kinked
+    torch._C._set_mkldnn_enabled(before)
+
+
+@pytest.fixture
+def _without_jumps() -> Iterator[None]:
+    with without_jumps():
+        yield
 
 
 def tiny(method: str, **changes: object) -> Recipe:
@@ -113,11 +136,11 @@ def test_feature_and_style_are_zero_for_a_perfect_reconstruction(monkeypatch: py
     assert team.adversary is not None
     assert team.adversary.state.ada is not None
     team.adversary.state.ada.p.fill_(0.8)
-    images = photographs()
+    images, imperfect = photographs(), run_step(team, 1)
     monkeypatch.setattr(team.network, "images", lambda preds: tuple(pyramid_of(team, images)))
     scalars = run_step(team, 1)
-    assert scalars["loss/feature"] == 0
-    assert scalars["loss/style"] == 0
+    for term in ("loss/feature", "loss/style"):  # up to rounding: the two passes are of different size
+        assert scalars[term].abs() < 1e-5 * imperfect[term]
 
 
 def pyramid_of(team: Team, images: Tensor) -> tuple[Tensor, ...]:
@@ -273,6 +296,7 @@ def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor]) -> 
         torch.testing.assert_close(right[name], gradient, atol=1e-6 + 1e-4 * scale, rtol=1e-3, msg=name)
 
 
+@pytest.mark.usefixtures("_without_jumps")
 @pytest.mark.parametrize("method", FIVE)
 @pytest.mark.parametrize("step", [1, 2], ids=["none due", "penalties due"])
 def test_micro_batches_change_nothing(method: str, step: int) -> None:
@@ -325,6 +349,7 @@ def worker(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("_without_jumps")
 def test_two_gloo_processes_give_the_gradients_of_the_joined_batch(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], cwd=Path(__file__).parent)
@@ -363,4 +388,5 @@ def test_four_images_are_overfitted(method: str) -> None:
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]))
+    with without_jumps():
+        worker(int(sys.argv[1]), Path(sys.argv[2]))
