@@ -1,16 +1,21 @@
 """What users install: the wheel, the embedded weights and their papers."""
 
+import ast
 import hashlib
 import json
 import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from perceptual_mae_models.features import FeatureExtractor
@@ -91,3 +96,49 @@ def test_the_embedded_decoder_rebuilds_better_than_nothing() -> None:
 def test_crops_of_a_photograph_find_each_other() -> None:
     _, siblings = demo.similar_crops(FeatureExtractor("vit_pico_patch8_pmae"), demo.photographs())
     assert siblings >= 10, "of the 15 nearest neighbours, those of the query's own photograph"
+
+
+def _needed_by(extra: str) -> set[str]:
+    """Distributions that this one needs with an extra, directly or not."""
+    found, waiting = set(), [("perceptual-mae-models", {"", extra})]
+    while waiting:
+        name, extras = waiting.pop()
+        for line in metadata.requires(name) or ():
+            requirement = Requirement(line)
+            wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in extras)
+            other = canonicalize_name(requirement.name)
+            if wanted and other not in found:
+                found.add(other)
+                waiting.append((other, {"", *requirement.extras}))
+    return found
+
+
+def _imports(file: Path) -> Iterator[str]:
+    """Packages that a module imports when it is imported."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("perceptual_mae_models.cli", ""),
+        ("training.demo", "demo"),
+        ("training.pretrain", "train"),
+        ("training.evaluate.command", "evaluate"),
+        ("training.report.command", "evaluate"),
+    ],
+)
+def test_commands_import_what_their_extra_installs(module: str, extra: str) -> None:
+    ours = "[m.__file__ for name, m in sys.modules.items() if name.startswith(('training', 'perceptual_mae_models'))]"
+    script = f"import sys, {module}; print(*filter(None, {ours}), sep='\\n')"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {name for file in ran.stdout.splitlines() for name in _imports(Path(file))}
+    homes = metadata.packages_distributions()
+    needed = _needed_by(extra) | {"perceptual-mae-models"}
+    foreign = {name for name in names if name in homes and not {canonicalize_name(d) for d in homes[name]} & needed}
+    assert len(names) > 5
+    assert not foreign
