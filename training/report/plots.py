@@ -25,8 +25,8 @@ MARKERS = "os^DvPX*"
 _TEXT, _LINE, _SERIES = "#fd0000", "#fd0001", "#fe00{:02x}"  # stand in for the page's colours
 _INCHES = 4.4, 3.0
 _AGAINST_COMPUTE = ("linear", "finetune", "knn")
-"""Of a representation, the first of these that was run is drawn. Dense protocols see images of another size than the one
-that a model's compute is of."""
+"""Of a representation, the first of these that was run is drawn. Dense protocols see images of another size than the
+one that a model's compute is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
