@@ -16,13 +16,14 @@ from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource, decode
 from training.evaluate import corruptions as module
 from training.evaluate import linear
+from training.evaluate.classifiers import Classifiers, linear_classifiers
 from training.evaluate.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSource, corrupt, draw_examples
 from training.evaluate.features import Features, extract, fingerprint_data
 from training.evaluate.intervals import share_interval
 from training.evaluate.linear import linear_probe
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
-from training.evaluate.shift import Classifiers, ShiftSettings, linear_classifiers, match_labels, predict, run_shift
+from training.evaluate.shift import ShiftSettings, match_labels, predict, run_shift
 
 NAMES = tuple(CORRUPTIONS)
 

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import tyro
 from accelerate import Accelerator
-from timm.scheduler import CosineLRScheduler
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
 from perceptual_mae_models.images import ImageError
@@ -45,6 +44,7 @@ from training.run.clock import StepClock
 from training.run.engine import create_accelerator, require_same_step
 from training.run.folder import RunError, create_run_folder, find_checkpoint, versions
 from training.run.record import Intervals, RunRecord
+from training.run.schedule import create_scheduler
 from training.run.seeding import derive_seed
 from training.run.signals import EXIT_INTERRUPTED, Interrupted, StopRequest
 from training.step import training_step
@@ -68,14 +68,6 @@ def check_batch(recipe: Recipe, runtime: Runtime, num_processes: int) -> None:
         )
     if getattr(recipe, "adaptive_weight", False) and runtime.micro_batches > 1:
         raise ValueError("--adaptive-weight compares gradients of whole batches: leave --micro-batches at 1")
-
-
-def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> CosineLRScheduler:
-    """Linear warm-up from 0, then a half-cosine to 0; the rate is a function of the step alone."""
-    warmup_steps = round(recipe.warmup * total_steps)
-    return CosineLRScheduler(
-        optimizer, t_initial=total_steps - warmup_steps, warmup_t=warmup_steps, warmup_prefix=True, t_in_epochs=False
-    )
 
 
 def pretrain(config: Config) -> None:
@@ -142,7 +134,8 @@ def optimise(
     )
     local = recipe.batch_size // world_size
     share = slice(rank * local, (rank + 1) * local)  # this process's part of a global batch
-    schedulers = [create_scheduler(optimizer, recipe, total_steps) for optimizer in team.optimizers().values()]
+    warmup_steps = round(recipe.warmup * total_steps)
+    schedulers = [create_scheduler(optimizer, total_steps, warmup_steps) for optimizer in team.optimizers().values()]
     distribute(team, accelerator, runtime)
     refresh_every = phi_refresh_steps(recipe, num_images(source))
     clock = StepClock(device)

@@ -18,6 +18,7 @@ from typing import Any
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
+from training.evaluate.classifiers import Classifiers, linear_classifiers
 from training.evaluate.detection import run_detection
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
 from training.evaluate.fidelity import run_reconstruction
@@ -27,7 +28,7 @@ from training.evaluate.options import DENSE, Options
 from training.evaluate.protocols import ON_FEATURES
 from training.evaluate.rows import Row
 from training.evaluate.segmentation import run_segmentation
-from training.evaluate.shift import Classifiers, linear_classifiers, run_shift
+from training.evaluate.shift import run_shift
 from training.evaluate.sources import check_before, label, open_sources
 from training.evaluate.split import find_duplicates
 from training.report.page import write_report

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -28,6 +27,7 @@ from training.run.clock import StepClock
 from training.run.engine import create_accelerator, require_same_step
 from training.run.folder import create_run_folder, find_checkpoint, versions
 from training.run.record import Intervals, RunRecord
+from training.run.schedule import create_scheduler
 from training.run.seeding import derive_seed
 from training.run.signals import Interrupted, StopRequest, ignore_in_workers
 from training.team import NonFiniteGuard, Player
@@ -165,13 +165,7 @@ def _optimise(
     player = Player(network, optimizer, network, network)
     player.prepare(accelerator.prepare_model, compiled=engine.compile)
     guard = NonFiniteGuard(torch.zeros((), device=device))
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=schedule.steps - schedule.warmup_steps,
-        warmup_t=schedule.warmup_steps,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    scheduler = create_scheduler(optimizer, schedule.steps, schedule.warmup_steps)
     clock, steps = StepClock(device), range(progress["step"], schedule.steps)
     parts = iter(_load(task, schedule, steps, engine, accelerator))
     record = RunRecord(
