@@ -22,8 +22,10 @@ from training.evaluate.finetune import (
     LabelledViews,
     Mix,
     classify,
+    create_augmentation,
     create_task,
     fine_tune,
+    posterize,
     run_finetune,
 )
 from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, resolve_recipe
@@ -219,6 +221,18 @@ def test_the_recipe_reaches_the_transform(photos: Path) -> None:
     steps = " ".join(map(str, views.transform.transforms))
     for word in ("RandomResizedCrop", "bicubic", "RandAugment", "m=9, mstd=0.5", "RandomErasing", "p=0.25"):
         assert word.lower() in steps.lower(), f"{word} is not in {steps}"
+
+
+@pytest.mark.parametrize("augment", ["rand-m10-n9-inc1", "original-mstd0.5", "augmix-m10-w5"])
+def test_policies_at_full_strength_posterise_to_black(augment: str) -> None:
+    transform = create_augmentation(
+        {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}, FineTuneRecipe(augment=augment)
+    )
+    image = Image.radial_gradient("L").convert("RGB")
+    for _ in range(100):  # Pillow 13 raises at 0 bits, which such a policy draws every few images
+        transform(image)
+    assert posterize(image, 0).getextrema() == ((0, 0),) * 3
+    assert posterize(image, 1).getextrema() == ((0, 128),) * 3
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from timm.data import Mixup, create_transform, resolve_model_data_config
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -87,6 +89,32 @@ class Mix:
         return mixed
 
 
+def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """As timm does, and 0 bits too: policies reach them at full strength, and Pillow 13 refuses what was black before."""
+    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+def create_augmentation(config: dict[str, Any], recipe: FineTuneRecipe) -> Any:
+    """The augmentation of a recipe, by timm: from an RGB image to a tensor (3, H, W), normalised as the model wants it."""
+    transform = create_transform(
+        input_size=config["input_size"],
+        is_training=True,
+        color_jitter=0.0,
+        auto_augment=recipe.augment or None,
+        interpolation="bicubic",
+        re_prob=recipe.random_erase,
+        re_mode="pixel",
+        mean=config["mean"],
+        std=config["std"],
+    )
+    for policy in transform.transforms:
+        # operations of RandAugment and AugMix, or AutoAugment's pairs of them
+        for operation in (*getattr(policy, "ops", ()), *chain(*getattr(policy, "policy", ()))):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+    return transform
+
+
 def create_task(name: str, source: ImageSource, recipe: FineTuneRecipe) -> Task:
     """What fine-tuning learns.
 
@@ -106,18 +134,7 @@ def create_task(name: str, source: ImageSource, recipe: FineTuneRecipe) -> Task:
     if isinstance(head, nn.Linear):
         with seeded(derive_seed(recipe.seed, "head")):
             nn.init.trunc_normal_(head.weight, std=2e-5)  # MAE's: the first gradients hardly reach the encoder
-    config = resolve_model_data_config(network)
-    transform = create_transform(
-        input_size=config["input_size"],
-        is_training=True,
-        color_jitter=0.0,
-        auto_augment=recipe.augment or None,
-        interpolation="bicubic",
-        re_prob=recipe.random_erase,
-        re_mode="pixel",
-        mean=config["mean"],
-        std=config["std"],
-    )
+    transform = create_augmentation(resolve_model_data_config(network), recipe)
     optimizer = create_optimizer_v2(
         network,
         opt="adamw",
