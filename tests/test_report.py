@@ -467,6 +467,36 @@ def test_what_is_no_result_is_refused(tmp_path: Path, text: str | None, message:
     assert str(path) in str(caught.value)
 
 
+def test_the_main_figures_of_several_data_sets_are_one_markdown_table(tmp_path: Path) -> None:
+    files = []
+    for number, name in enumerate(("shapes", "digits")):
+        pixels = [result("pixels:4", "knn", "k=20", 0.1, features="avg", half=0.0)]
+        results = [*frozen(OURS, 0.5 + number / 10), *pixels]
+        found = content(results)
+        found["data"]["test"]["fingerprint"] = name
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "results.json")
+        files[-1].write_text(json.dumps(found))
+    out = tmp_path / "table.md"
+    main(tuple(files), out, "avg")
+    head, rule, *rows = [line[2:-2].split(" | ") for line in out.read_text().splitlines()]
+    assert head[:4] == ["images", "model", "k-NN k=20 accuracy, %", "linear accuracy, %"]
+    assert set(rule) == {"---"}
+    assert len({len(row) for row in (head, rule, *rows)}) == 1
+    assert [row[:2] for row in rows] == [
+        ["shapes", f"`{OURS}` avg"],
+        ["", "`pixels:4` avg"],
+        ["digits", f"`{OURS}` avg"],
+        ["", "`pixels:4` avg"],
+    ]
+    # 0.5 + 0.01 for avg + k / 10,000; the class token's figures are left out
+    assert [row[2] for row in rows] == ["**51.2** [49.2, 53.2]", "10.0", "**61.2** [59.2, 63.2]", "10.0"]
+    assert [row[3] for row in rows[::2]] == ["71.0 [69.0, 73.0]", "81.0 [79.0, 83.0]"]
+    assert rows[1][3:] == [""] * (len(head) - 3)
+    with pytest.raises(SystemExit, match="--features chooses rows of a table"):
+        main(tuple(files), tmp_path / "report.html", "avg")
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^report.py: .*no.json: no such file") as caught:
         main((tmp_path / "no.json",), tmp_path / "report.html")
