@@ -90,12 +90,12 @@ class Mix:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """As timm does, and 0 bits too: policies reach them at full strength, and Pillow 13 refuses what was black before."""
+    """As timm, and to 0 bits too: policies reach them at full strength, and Pillow 13 refuses what was black before."""
     return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 def create_augmentation(config: dict[str, Any], recipe: FineTuneRecipe) -> Any:
-    """The augmentation of a recipe, by timm: from an RGB image to a tensor (3, H, W), normalised as the model wants it."""
+    """A recipe's augmentation, by timm: from an RGB image to a tensor (3, H, W), normalised as the model wants it."""
     transform = create_transform(
         input_size=config["input_size"],
         is_training=True,
