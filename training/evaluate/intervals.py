@@ -25,11 +25,17 @@ def mean_interval(values: list[float]) -> Interval:
 
     The test images are the same in all: what another test set would give is not in it.
     """
+    interval = student_interval(values)
+    return Interval(interval.mean, max(0.0, interval.low), min(1.0, interval.high))
+
+
+def student_interval(values: list[float]) -> Interval:
+    """Student's interval of the mean of a few independent values; without width for a single one."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, mean, mean)
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+    return Interval(mean, mean - half, mean + half)
 
 
 def percentile_interval(value: float, draws: list[float]) -> Interval:

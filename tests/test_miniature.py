@@ -1,0 +1,276 @@
+"""The study: what is run in which order, what decides what, and a cell from images to its file of results."""
+
+import json
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from training.data.images import ImageSource
+from training.evaluate.intervals import student_interval
+from training.evaluate.models import open_model
+from training.miniature.cells import SUPERVISED, Place, describe_machine, pretraining, split_train
+from training.miniature.choice import choose, fit_epochs, plan
+from training.miniature.report import describe_study
+from training.miniature.run import list_cells, main, next_cell, read_cells, write_report
+from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, TABLES, WEIGHTS, Cell
+
+ARM = {arm.name: arm for arm in ARMS}
+
+
+def row(protocol: str, setting: str, metric: str, mean: float, half: float = 0.01) -> dict[str, Any]:
+    value = {"mean": mean, "low": mean - half, "high": mean + half}
+    features = "" if protocol == "reconstruction" else "cls+avg"
+    return {"protocol": protocol, "setting": setting, "metric": metric, "value": value, "features": features}
+
+
+def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
+    rows = [
+        row("knn", "k=10", "accuracy", 0.0),
+        row("knn", "k=20", "accuracy", mean),
+        {**row("knn", "k=20", "accuracy", 0.0), "features": "cls"},
+        row("linear", f"lr={mean}", "accuracy", mean + 0.1),
+    ]
+    if cell.method:
+        rows += [row("reconstruction", "hidden", "psnr", 20 + mean), row("reconstruction", "hidden", "kd", 5.0)]
+    evaluations = {images: {"results": rows} for images in EVALUATIONS[cell.part]}
+    made = {
+        "cost": {"seconds": seconds, "images_per_second": 100.0, "gflop_per_image": 0.5},
+        "curve": [{"images": count, "knn": mean * count / 2000} for count in (1000, 2000)],
+    }
+    facts = {"part": cell.part, "arm": cell.arm, "number": cell.number, "method": cell.method}
+    return {"cell": facts, "evaluations": evaluations, "machine": {"processor": "made up"}, **made}
+
+
+def complete(mean: float = 0.5) -> dict[str, Any]:
+    """A whole study with made-up figures, in the order of the plan."""
+    found: dict[str, Any] = {}
+    while cell := next_cell(found, "*"):
+        better = 0.1 if cell.part == "tune" and cell.number == 2 else 0.0
+        seconds = 60.0 if cell.method == "mae" else 150.0
+        found[cell.name] = result(cell, mean + better + cell.number / 100, seconds)
+    return found
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_ends_and_holds_what_the_protocol_says() -> None:
+    found = complete()
+    assert list(found) == [name for name, _ in plan(found)]
+    parts = [result["cell"]["part"] for result in found.values()]
+    adversarial = [arm for arm in ARMS if len(arm.trials) > 1]
+    assert [arm.name for arm in adversarial] == ["ls_gan_p", "msg_gan_p", "stylegan2_ada_p"]
+    counts = {part: parts.count(part) for part in dict.fromkeys(parts)}
+    assert counts == {"floor": 3, "tune": 3 * len(WEIGHTS), "epochs": 3 * 7, "clock": 6, "long": 5}
+    assert len({len(arm.trials) for arm in adversarial}) == 1  # the same budget
+
+
+def test_the_trial_that_is_best_on_the_tuning_images_is_taken_everywhere_and_ties_go_to_the_first() -> None:
+    found = complete()
+    assert choose(ARM["msg_gan_p"], found) == 2
+    cells = dict(plan(found))
+    for name in ("epochs-msg_gan_p-1", "clock-msg_gan_p-0", "long-msg_gan_p-0"):
+        cell = cells[name]
+        assert cell is not None
+        assert cell.flags == WEIGHTS[2]
+    for number in range(len(WEIGHTS)):
+        trial = Cell(part="tune", arm="msg_gan_p", number=number, method="msg_gan_p")
+        found[trial.name] = result(trial, 0.5)
+    assert choose(ARM["msg_gan_p"], found) == 0
+    del found["tune-msg_gan_p-3"]
+    assert choose(ARM["msg_gan_p"], found) is None
+    assert dict(plan(found))["epochs-msg_gan_p-0"] is None
+
+
+def test_figures_of_test_images_choose_nothing() -> None:
+    found = complete()
+    for number in range(len(WEIGHTS)):
+        found[f"tune-ls_gan_p-{number}"]["evaluations"]["imagenette"] = {
+            "results": [row("linear", "lr=1", "accuracy", 1.0 if number == 0 else 0.0)]
+        }
+    assert choose(ARM["ls_gan_p"], found) == 2
+    assert EVALUATIONS["tune"] == ("tuning",)
+
+
+def test_equal_time_is_that_of_the_first_seeds() -> None:
+    found = complete()
+    assert fit_epochs(ARM["ls_gan_p"], found) == 12  # 30 epochs x 60 s / 150 s
+    assert fit_epochs(ARM["mae_pixels"], found) == 30
+    del found["epochs-mae-0"]
+    assert fit_epochs(ARM["ls_gan_p"], found) is None
+
+
+def test_only_some_cells_are_run_on_request() -> None:
+    cell = next_cell({}, "epochs-ms*")
+    assert cell is not None
+    assert (cell.name, cell.seed, cell.epochs) == ("epochs-ms_ssim-0", 0, 30)
+    assert next_cell({}, "epochs-ls_gan_p-*") is None  # waits for its trials
+    assert next_cell(complete(), "*") is None
+    lines = list(list_cells({cell.name: {}}))
+    assert f"{cell.name:<28} done" in lines
+    assert f"{'epochs-ls_gan_p-0':<28} waits for others" in lines
+
+
+def test_methods_of_a_seed_share_everything_but_themselves(tmp_path: Path) -> None:
+    place = Place(data=tmp_path, fashion=tmp_path, work=tmp_path)
+    cells = [cell for _, cell in plan(complete()) if cell and (cell.part, cell.number) == ("epochs", 1)]
+    own = {flag for arm in ARMS for flags in (arm.flags, *arm.trials) for flag in flags}
+    shared = set()
+    for cell in cells:
+        command = pretraining(cell, place)
+        assert command[command.index("--seed") + 1] == "1"
+        assert command[command.index("--epochs") + 1] == "30"
+        hidden = {cell.method, cell.name, *own}
+        shared.add(tuple(part for part in command if part not in hidden))
+    assert len(cells) == len(ARMS)
+    assert len(shared) == 1
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_over_seeds_are_students() -> None:
+    interval = student_interval([19.0, 20.0, 24.0])
+    assert interval.mean == 21
+    half = 4.302653 * math.sqrt(7) / math.sqrt(3)  # t of two degrees of freedom; the variance is 7
+    assert interval.high - 21 == pytest.approx(half, rel=1e-6)
+    assert 21 - interval.low == pytest.approx(half, rel=1e-6)
+
+
+def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
+    text = describe_study(complete())
+    assert "47 of 47 cells" in text
+    chapter = text[text.index("## Equal epochs") : text.index("## Equal time")]
+    head = next(line for line in chapter.splitlines() if "k-NN" in line)
+    assert [part.strip() for part in head.split("|")[1:-1]] == [
+        "images",
+        "model",
+        "k-NN k=20 accuracy, %",
+        "linear accuracy, %",
+        "pretraining minutes",
+        "pretraining GFLOP an image",
+    ]
+    mae = next(line for line in chapter.splitlines() if "`mae`" in line)
+    # 50, 51, 52: the mean and 4.302653 / sqrt(3) to both sides
+    assert "51.0** [48.5, 53.5]" in mae
+    assert "61.0** [58.5, 63.5]" in mae
+    assert "| 1.000 | 0.500 |" in mae
+    assert "`random`" in chapter
+    assert "21.51" not in chapter
+    assert "20.51" in chapter  # PSNR is no share: not cut at 1
+    assert "| msg_gan_p | --feature-weight 1 --adversarial-weight 0.01 --r1-gamma 1 | 72.0 | yes |" in text
+    assert "k-NN k=10" not in text
+
+
+def test_a_study_that_has_just_begun_says_so() -> None:
+    text = describe_study({})
+    assert "0 of 47 cells" in text
+    assert text.count("No cell of it has run yet.") == 3
+    assert "No method's trials are complete yet." in text
+    assert "![" not in text
+
+
+def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, found in complete().items():
+        (results / f"{name}.json").write_text(json.dumps(found))
+    main(out=tmp_path, report_only=True)
+    first = [(tmp_path / name).read_bytes() for name in ("RESULTS.md", "curves.png")]
+    main(out=tmp_path, report_only=True)
+    assert first == [(tmp_path / name).read_bytes() for name in ("RESULTS.md", "curves.png")]
+    (results / "epochs-mae-0.json").rename(results / "epochs-mae-7.json")
+    with pytest.raises(SystemExit, match=r"epochs-mae-7\.json holds the result of epochs-mae-0"):
+        main(out=tmp_path, report_only=True)
+    (results / "epochs-mae-7.json").write_text("{")
+    with pytest.raises(SystemExit, match="is not the result of a cell"):
+        main(out=tmp_path, report_only=True)
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    study = Path(__file__).parents[1] / "training" / "miniature"
+    write_report(read_cells(study / "results"), tmp_path)
+    assert (study / "RESULTS.md").read_text() == (tmp_path / "RESULTS.md").read_text()
+
+
+# --- a cell ----------------------------------------------------------------------------------------------------------
+
+
+def write_photographs(path: Path, count: int, classes: int = 4) -> None:
+    """A tar of small images whose colour tells the class."""
+    folder = path.with_suffix("")
+    generator = np.random.default_rng(len(path.name))
+    for number in range(count):
+        label = number % classes
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 60, (24, 24, 3)) + 45 * label
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / str(label) / f"{path.stem}{number}.png")
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*.png")):
+            tar.add(file, file.relative_to(folder).as_posix())
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("data")
+    write_photographs(data / "imagenette-128-train.tar", 230)
+    write_photographs(data / "imagenette-128-val.tar", 24)
+    return data
+
+
+def test_tuning_images_are_a_tenth_of_every_class_and_are_not_learned_from(images: Path, tmp_path: Path) -> None:
+    place = Place(data=images, fashion=images, work=tmp_path)
+    fit, held = (ImageSource(path) for path in split_train(place))
+    names = [{source.name(index) for index in range(len(source))} for source in (fit, held)]
+    whole = ImageSource(place.train)
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == {whole.name(index) for index in range(len(whole))}
+    assert [held.labels.count(label) for label in range(4)] == [6, 6, 6, 5]
+    tune = Cell(part="tune", arm="ls_gan_p", number=0, method="ls_gan_p")
+    command = pretraining(tune, place)
+    assert command[command.index("--data") + 1] == str(tmp_path / "tuning-train.tar")
+    assert "--knn-data" not in command
+
+
+@pytest.mark.slow
+def test_a_cell_runs_from_images_to_its_result_and_is_not_run_again(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "study"
+    work.mkdir()
+    extractor, _ = open_model(f"{MODEL}@random", device="cpu")
+    save_file(extractor.model.state_dict(), work / SUPERVISED)  # instead of thirty epochs of learning
+    short = ("--steps", "2", "--batch-size", "8", "--no-compile")
+    arguments: dict[str, Any] = {"data": images, "fashion_mnist": images, "work": work, "out": out, "processes": 1}
+    main(**arguments, only="epochs-mae-0", shorten=short)
+    found = read_cells(out / "results")["epochs-mae-0"]
+    assert found["cost"]["images"] == 16
+    assert found["recipe"]["method"] == "mae"
+    assert found["machine"] == describe_machine()
+    assert [point["images"] for point in found["curve"]] == [16]
+    measured = {(row["protocol"], row["metric"]) for row in found["evaluations"]["imagenette"]["results"]}
+    assert measured >= {("knn", "accuracy"), ("linear", "accuracy"), ("few_shot", "accuracy"), ("reconstruction", "fd")}
+    assert str(tmp_path) not in json.dumps(found)
+    assert "`mae`" in (out / "RESULTS.md").read_text()
+    capfd.readouterr()
+    main(**arguments, only="epochs-mae-0", shorten=short)
+    assert "$ python" not in capfd.readouterr().out
+    with pytest.raises(SystemExit, match=r"code \d+ of: python .*pretrain.py mae"):
+        main(**arguments, only="epochs-mae_pixels-0", shorten=("--steps", "0"))
+    assert len(read_cells(out / "results")) == 1
+
+
+def test_what_is_missing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="give --data and --fashion-mnist"):
+        main(out=tmp_path)
+
+
+def test_names_are_of_the_packages_model_and_of_known_parts() -> None:
+    assert set(EVALUATIONS) == {"floor", *TABLES}
+    assert len(FLOORS) == 3

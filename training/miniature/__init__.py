@@ -1,0 +1,1 @@
+"""The paper's table in miniature: a study that one command runs, continues and reports."""

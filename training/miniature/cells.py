@@ -1,0 +1,237 @@
+"""One cell: the commands that make and judge an encoder, and what came out of them.
+
+The commands are those that anybody types. Each goes on where it was stopped, and so does a cell.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.cost import count_gflop
+from training.data.images import ImageSource
+from training.evaluate.features import Features
+from training.evaluate.split import hold_back
+from training.miniature.study import EVALUATIONS, MODEL, SHOTS, SUPERVISED_EPOCHS, TUNING_SHARE, Cell
+from training.weights import read_recipe
+
+TRAINING = Path(__file__).parents[1]
+
+
+LITE0, SUPERVISED = "lite0.safetensors", "supervised.safetensors"
+"""In the working folder, in which commands run: the networks that judge reconstructions. The second is a floor too."""
+
+
+class CellError(RuntimeError):
+    """A cell that did not end; the message names the command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a study runs."""
+
+    data: Path
+    """Folder of the archives of images."""
+    fashion: Path
+    """Folder of Fashion-MNIST's four idx files."""
+    work: Path
+    """Folder for runs, features and weights."""
+    processes: int = 2
+    """Of a pretraining run."""
+    shorten: tuple[str, ...] = ()
+    """Further flags of every pretraining run: a try of the study itself, not a result."""
+
+    @property
+    def train(self) -> Path:
+        """Imagenette's training images."""
+        return self.data / "imagenette-128-train.tar"
+
+    @property
+    def test(self) -> Path:
+        """Imagenette's val images."""
+        return self.data / "imagenette-128-val.tar"
+
+
+def split_train(place: Place) -> tuple[Path, Path]:
+    """Imagenette's training images in two tars, to learn from and to choose by; written once.
+
+    Raises:
+        FileNotFoundError: If there are no images.
+    """
+    fit, held = (place.work / f"tuning-{name}.tar" for name in ("train", "test"))
+    if not (fit.exists() and held.exists()):
+        source = ImageSource(place.train)
+        labels = torch.tensor(source.labels)
+        images = Features(torch.empty(len(source), 0), labels, tuple(source.classes))
+        for file, numbers in zip((fit, held), hold_back(images, TUNING_SHARE, 0), strict=True):
+            partial = file.with_name(f".partial_{file.name}")
+            chosen = {source.name(index) for index in numbers.tolist()}
+            with tarfile.open(place.train) as whole, tarfile.open(partial, "w") as part:
+                for member in whole:
+                    if member.name in chosen:
+                        part.addfile(member, whole.extractfile(member))
+            partial.replace(file)
+    return fit, held
+
+
+def pretraining(cell: Cell, place: Place) -> list[str]:
+    """The command that trains a cell's autoencoder."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(place.processes)] if place.processes > 1 else []
+    data = split_train(place)[0] if cell.part == "tune" else place.train
+    command = [
+        sys.executable,
+        *launcher,
+        str(TRAINING / "pretrain.py"),
+        cell.method,
+        "--data",
+        str(data),
+        "--model",
+        MODEL,
+    ]
+    command += ["--out", cell.name, "--epochs", f"{cell.epochs:g}", "--seed", str(cell.seed)]
+    if cell.part != "tune":
+        command += ["--knn-data", str(place.test), "--knn-every", "5"]
+    runtime = ["--workers", "0", "--cache-images", "--compile", "--grid-every", "0", "--resume", "auto"]
+    return [*command, *cell.flags, *runtime, *place.shorten]
+
+
+def learning_labels(place: Place) -> list[str]:
+    """The command of the supervised floor."""
+    command = [sys.executable, str(TRAINING / "evaluate.py"), f"{MODEL}@random", "--protocols", "finetune"]
+    command += ["--train", str(place.train), "--test", str(place.test), "--finetune.epochs", f"{SUPERVISED_EPOCHS:g}"]
+    return [*command, "--out", "supervised"]
+
+
+def model_name(cell: Cell) -> str:
+    """What `training/evaluate.py` calls the cell's encoder."""
+    floors = {"pixels": "pixels:16", "random": f"{MODEL}@random", "supervised": f"{MODEL}@{SUPERVISED}"}
+    return floors[cell.arm] if cell.part == "floor" else f"{MODEL}@{cell.name}/encoder.safetensors"
+
+
+def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
+    """The command that judges a cell's encoder.
+
+    Args:
+        images: A name of `EVALUATIONS`.
+        cell: Whose.
+        place: Where.
+    """
+    pairs = {
+        "imagenette": (place.train, place.test),
+        "cifar10": (place.data / "cifar10-train.tar.gz", place.data / "cifar10-test.tar.gz"),
+        "fashion-mnist": tuple(place.fashion / f"{split}-images-idx3-ubyte.gz" for split in ("train", "t10k")),
+    }
+    command = [sys.executable, str(TRAINING / "evaluate.py"), model_name(cell)]
+    command += ["--out", f"{cell.name}/evaluation/{images}"]
+    if images == "dense":
+        return [*command, "--protocols", "segmentation", "detection", *dense_flags(place)]
+    train, test = split_train(place) if images == "tuning" else pairs[images]
+    command += ["--train", str(train), "--test", str(test), "--shots", *SHOTS]
+    command += ["--protocols", *(("linear",) if images == "tuning" else ("knn", "linear", "few_shot"))]
+    if images == "imagenette" and cell.method:
+        networks = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
+        command += ["reconstruction", "--reconstruction.networks", *networks]
+        command += ["finetune"] if cell.part == "long" else []
+    return command
+
+
+def dense_flags(place: Place) -> list[str]:
+    """CamVid and BCCD, small enough for two cores."""
+    segmentation = {"data": place.data / "camvid-240x180.tar", "void": 11, "size": "96 128", "width": 64, "epochs": 20}
+    detection = {"data": place.data / "bccd-320x240.tar", "size": "96 128", "batch-size": 4, "lr": 1e-3, "epochs": 8}
+    detection |= {"scales": "4 2 1", "width": 64, "head-width": 256, "proposals": 200, "sampled-boxes": 64}
+    chosen = {"segmentation": segmentation, "detection": detection}
+    return [
+        part
+        for protocol, flags in chosen.items()
+        for name, value in flags.items()
+        for part in (f"--{protocol}.{name}", *str(value).split())
+    ]
+
+
+def run(command: Sequence[str], work: Path) -> None:
+    """Show a command and run it in the working folder.
+
+    Raises:
+        CellError: If it fails.
+    """
+    shown = " ".join(["python", *command[1:]])
+    print(f"\n$ {shown}", flush=True)
+    code = subprocess.run(command, cwd=work, check=False).returncode
+    if code:
+        raise CellError(f"code {code} of: {shown}")
+
+
+def prepare_networks(place: Place) -> None:
+    """Make the networks that reconstructions are judged by, where they are missing."""
+    place.work.mkdir(parents=True, exist_ok=True)
+    if not (place.work / LITE0).exists():
+        run([sys.executable, str(TRAINING / "evaluate" / "lite0.py"), LITE0], place.work)
+    if not (place.work / SUPERVISED).exists():
+        run(learning_labels(place), place.work)
+        (encoder,) = (place.work / "supervised" / "runs").glob("finetune-*/encoder.safetensors")
+        shutil.copyfile(encoder, place.work / SUPERVISED)
+
+
+def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
+    """Train and judge an encoder, going on where an earlier call was stopped.
+
+    Returns:
+        JSON-able: the cell, what its run was and cost, its curve, and every evaluation's `results.json`.
+
+    Raises:
+        CellError: If a command fails.
+    """
+    prepare_networks(place)
+    folder = place.work / cell.name
+    if cell.method and not (folder / "encoder.safetensors").exists():
+        run(pretraining(cell, place), place.work)
+    found: dict[str, Any] = {"cell": asdict(cell), "evaluations": {}}
+    for images in EVALUATIONS[cell.part]:
+        run(evaluation(images, cell, place), place.work)
+        results = folder / "evaluation" / images / "results.json"
+        found["evaluations"][images] = json.loads(results.read_text())
+    return {**found, **(describe_run(folder) if cell.method else {}), "machine": describe_machine()}
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """Recipe, data, cost and curve of a finished run."""
+    description = json.loads((folder / "recipe.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    gflop = sum(count_gflop(read_recipe(folder / "encoder.safetensors")).values())
+    speed = statistics.median(line["images_per_second"] for line in lines)
+    images = lines[-1]["step"] * description["recipe"]["batch_size"]
+    return {
+        "recipe": description["recipe"],
+        "data": description["data"],
+        "versions": description["versions"],
+        # by the usual speed: pauses, compiling and whatever else the machine did are not the method's
+        "cost": {"images": images, "seconds": images / speed, "images_per_second": speed, "gflop_per_image": gflop},
+        "curve": [
+            {"images": line["step"] * description["recipe"]["batch_size"], "knn": line["knn"]}
+            for line in lines
+            if "knn" in line
+        ],
+        "final_metrics": lines[-1],
+        "encoder_sha256": hashlib.sha256((folder / "encoder.safetensors").read_bytes()).hexdigest(),
+    }
+
+
+def describe_machine() -> dict[str, str]:
+    """What decides the bits of a run besides versions."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "processor": names[0].partition(": ")[2] if names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -1,0 +1,85 @@
+"""What earlier cells decide about later ones: the weights taken, and the epochs that fit into a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from training.miniature.study import ARMS, CLOCK, FLOORS, TABLES, Arm, Cell, Part
+
+Results = dict[str, dict[str, Any]]
+"""Results by their cells' names."""
+FEATURES = "cls+avg"
+"""The representation of every figure."""
+
+
+def list_figures(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of a cell's evaluations, each with the name of the evaluation as `images`."""
+    for images, evaluation in result["evaluations"].items():
+        for row in evaluation["results"]:
+            if row["features"] in ("", FEATURES):
+                yield {**row, "images": images}
+
+
+def tuning_accuracy(result: dict[str, Any]) -> float:
+    """The criterion: the linear probe's accuracy on the tuning images, in [0, 1]."""
+    (value,) = (
+        row["value"]["mean"] for row in list_figures(result) if (row["images"], row["protocol"]) == ("tuning", "linear")
+    )
+    return float(value)
+
+
+def tried(arm: Arm, found: Results) -> list[float] | None:
+    """The criterion of every trial of an arm; None until all have run."""
+    names = [f"tune-{arm.name}-{number}" for number in range(len(arm.trials))]
+    return [tuning_accuracy(found[name]) for name in names] if all(name in found for name in names) else None
+
+
+def choose(arm: Arm, found: Results) -> int | None:
+    """The trial that is best on the tuning images, the first of equals; None until all have run."""
+    if len(arm.trials) == 1:
+        return 0
+    accuracies = tried(arm, found)
+    return None if accuracies is None else accuracies.index(max(accuracies))
+
+
+def fit_epochs(arm: Arm, found: Results) -> float | None:
+    """Epochs, to a tenth, that take as long as those of `CLOCK` in the table of equal epochs; None until both ran."""
+    table = TABLES["epochs"]
+    own, clock = (found.get(f"epochs-{name}-0") for name in (arm.name, CLOCK))
+    if own is None or clock is None:
+        return None
+    return round(table.epochs * clock["cost"]["seconds"] / own["cost"]["seconds"], 1)
+
+
+def plan(found: Results) -> Iterator[tuple[str, Cell | None]]:
+    """Every cell of the study by name, in the order of work; None stands for one that waits for others.
+
+    Args:
+        found: Results so far.
+    """
+    for floor in FLOORS:
+        yield f"floor-{floor}-0", Cell(part="floor", arm=floor, number=0)
+    rounds: list[tuple[Part, int]] = [("tune", number) for number in range(TABLES["tune"].numbers)]
+    rounds += [("epochs", 0), ("clock", 0), ("long", 0)]
+    rounds += [("epochs", number) for number in range(1, TABLES["epochs"].numbers)]
+    for part, number in rounds:
+        for arm in ARMS:
+            if takes_part(arm, part, number):
+                yield f"{part}-{arm.name}-{number}", _cell(part, arm, number, found)
+
+
+def takes_part(arm: Arm, part: Part, number: int) -> bool:
+    """Whether a table has such a cell of an arm."""
+    if arm.control and not TABLES[part].controls:
+        return False
+    if part == "tune":
+        return len(arm.trials) > 1 and number < len(arm.trials)
+    return part != "clock" or arm.name != CLOCK
+
+
+def _cell(part: Part, arm: Arm, number: int, found: Results) -> Cell | None:
+    trial = number if part == "tune" else choose(arm, found)
+    epochs = fit_epochs(arm, found) if part == "clock" else TABLES[part].epochs
+    if trial is None or epochs is None:
+        return None
+    flags = (*arm.flags, *arm.trials[trial])
+    return Cell(part=part, arm=arm.name, number=number, method=arm.method, flags=flags, epochs=epochs)

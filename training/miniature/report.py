@@ -1,0 +1,181 @@
+"""What the cells found, as `RESULTS.md` and a picture of what features are worth while they are learned.
+
+Everything in them is made of the cells' JSON files alone.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Plot
+
+from training.evaluate.intervals import Interval, student_interval
+from training.miniature.choice import FEATURES, Results, choose, list_figures, plan, tried
+from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, TABLES, Part
+from training.report.markdown import write_tables
+from training.report.tables import Column, Entry, Figure, Figures, Table, build_table
+
+CURVES = "curves.png"
+
+
+def read_column(row: dict[str, Any]) -> Column:
+    """The column of a figure; a setting that is an outcome, such as a learning rate, makes none of its own."""
+    return Column(row["protocol"], "" if row["protocol"] == "linear" else row["setting"], row["metric"])
+
+
+def judges_features(column: Column) -> bool:
+    """Whether a column is shown among those of frozen and fine-tuned features."""
+    return column.protocol in ("linear", "few_shot", "finetune") or (column.protocol, column.setting) == ("knn", "k=20")
+
+
+def judges_images(column: Column) -> bool:
+    """Whether a column is shown among those of reconstructions."""
+    return column.protocol == "reconstruction" and column.metric in ("l1", "psnr", "ssim", "fd")
+
+
+def judges_dense(column: Column) -> bool:
+    """Whether a column is shown among those of segmentation and detection."""
+    return column.metric in ("miou", "box_ap")
+
+
+def gather(found: Results, part: Part, images: str, shown: Callable[[Column], bool]) -> Figures:
+    """The figures of a table: means over seeds with Student's interval, or of a single seed with its test's.
+
+    Args:
+        found: Results by their cells' names.
+        part: Whose cells; floors come with them where they have the figure.
+        images: Name of the evaluation.
+        shown: Tells columns that are wanted.
+    """
+    names = [arm.name for arm in ARMS] + list(FLOORS)
+    values: dict[tuple[str, Column], list[dict[str, Any]]] = {}
+    for result in found.values():
+        cell = result["cell"]
+        if cell["part"] not in (part, "floor"):
+            continue
+        for row in list_figures(result):
+            if row["images"] == images and shown(column := read_column(row)):
+                values.setdefault((cell["arm"], column), []).append(row)
+        if cell["method"]:
+            minutes, gflop = result["cost"]["seconds"] / 60, result["cost"]["gflop_per_image"]
+            for metric, cost in (("minutes", minutes), ("GFLOP an image", gflop)):
+                fixed = {"value": {"mean": cost, "low": cost, "high": cost}, "setting": ""}
+                values.setdefault((cell["arm"], Column("pretraining", "", metric)), []).append(fixed)
+    order = sorted(values, key=lambda key: (names.index(key[0]), key[1].protocol == "pretraining"))
+    return {
+        (Entry(arm, ""), column): Figure(
+            entry=Entry(arm, ""), column=column, value=summarise(values[arm, column]), setting=""
+        )
+        for arm, column in order
+    }
+
+
+def summarise(rows: list[dict[str, Any]]) -> Interval:
+    """A figure of one or several seeds."""
+    if len(rows) == 1:
+        return Interval(**rows[0]["value"])
+    return student_interval([row["value"]["mean"] for row in rows])
+
+
+def tabulate(figures: Figures) -> Table:
+    """All columns of some figures, in the order of their first appearance, those of cost last."""
+    columns = list(dict.fromkeys(column for _, column in figures))
+    columns.sort(key=lambda column: column.protocol == "pretraining")
+    return build_table(figures, columns, on_side=False)
+
+
+def describe_part(found: Results, part: Part) -> Iterator[str]:
+    """A chapter: its tables, or that there is none yet."""
+    table = TABLES[part]
+    cells = [result for result in found.values() if result["cell"]["part"] == part]
+    yield f"## {table.title}\n"
+    if not cells:
+        yield "No cell of it has run yet.\n"
+        return
+    seeds = sorted({result["cell"]["number"] for result in cells})
+    about = (
+        f"Mean over seeds {', '.join(map(str, seeds))} with Student's 95 % interval; where one seed has run so far, "
+        "its test's interval."
+        if len(seeds) > 1
+        else "One seed; intervals are those of the test images and hold nothing of what another seed would give."
+    )
+    yield f"{about} Features are `{FEATURES}`.\n"
+    for images in EVALUATIONS[part]:
+        for shown in (judges_features, judges_images, judges_dense):
+            figures = gather(found, part, images, shown)
+            if any(column.protocol != "pretraining" for _, column in figures):
+                yield write_tables({images: tabulate(figures)}, "images")
+
+
+def describe_tuning(found: Results) -> Iterator[str]:
+    """What was tried, on the training images held back, and what was taken."""
+    yield f"## {TABLES['tune'].title}\n"
+    yield (
+        f"{TABLES['tune'].epochs:g} epochs on nine tenths of the training images; linear probe on the last tenth, %. "
+        "The best of a row is taken, the first of equals.\n"
+    )
+    lines = ["| method | flags beside the method's own | accuracy | taken |", "| --- | --- | --- | --- |"]
+    for arm in ARMS:
+        accuracies = tried(arm, found)
+        if accuracies is None:
+            continue
+        for number, (flags, accuracy) in enumerate(zip(arm.trials, accuracies, strict=True)):
+            taken = "yes" if number == choose(arm, found) else ""
+            lines.append(f"| {arm.name} | {' '.join(flags) or 'none'} | {100 * accuracy:.1f} | {taken} |")
+    yield "\n".join(lines) + "\n" if len(lines) > 2 else "No method's trials are complete yet.\n"
+
+
+def describe_study(found: Results) -> str:
+    """`RESULTS.md`."""
+    planned = [name for name, _ in plan(found)]
+    missing = [name.partition("-")[0] for name in planned if name not in found]
+    parts: list[Part] = ["epochs", "clock", "long"]
+    machines = dict.fromkeys(result["machine"]["processor"] for result in found.values())
+    lines = [
+        "# The paper's table in miniature: results\n",
+        "Made by `python training/miniature/run.py --report-only` of the files in `results/`; "
+        "[the protocol](README.md) says what they are.\n",
+        f"{len(planned) - len(missing)} of {len(planned)} cells of `{MODEL}` have run"
+        + (f", on: {'; '.join(machines)}. " if machines else ". ")
+        + (
+            f"Missing: {', '.join(f'{missing.count(part)} of {part}' for part in dict.fromkeys(missing))}."
+            if missing
+            else ""
+        )
+        + "\n",
+        *(line for part in parts for line in describe_part(found, part)),
+        *describe_tuning(found),
+    ]
+    if any("curve" in result for result in found.values()):
+        lines.append(f"## While learning\n\n![k-NN against images seen and against time]({CURVES})\n")
+    return "\n".join(lines)
+
+
+def draw_curves(found: Results, path: Path) -> None:
+    """k-NN of val images among each other, against images seen and against time, of the cells with equal epochs.
+
+    Args:
+        found: Results by their cells' names.
+        path: The PNG to write.
+    """
+    figure = Plot(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for number, arm in enumerate(ARMS):
+        first = True
+        for result in found.values():
+            if (result["cell"]["part"], result["cell"]["arm"]) != ("epochs", arm.name):
+                continue
+            knn = [100 * point["knn"] for point in result["curve"]]
+            images = [point["images"] for point in result["curve"]]
+            minutes = [count / result["cost"]["images_per_second"] / 60 for count in images]
+            thousands = [count / 1000 for count in images]
+            for axis, x in zip(axes, (thousands, minutes), strict=True):
+                axis.plot(x, knn, color=f"C{number}", linewidth=1.2, marker=".", label=arm.name if first else None)
+            first = False
+    for axis, label in zip(axes, ("thousands of images seen", "minutes"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("k-NN accuracy, %")
+    axes[0].legend(fontsize=8)
+    FigureCanvasAgg(figure).print_png(str(path))

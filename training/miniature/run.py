@@ -1,0 +1,124 @@
+"""Run the study, go on with it, or write its report: see `README.md` beside this file.
+
+    python training/miniature/run.py --data DIR --fashion-mnist DIR          # every cell that has no result yet
+    python training/miniature/run.py --data DIR --fashion-mnist DIR --only 'epochs-mae-*' --hours 2
+    python training/miniature/run.py --report-only                            # RESULTS.md of the results there are
+    python training/miniature/run.py --list
+
+`--data` holds imagenette-128-{train,val}.tar, cifar10-{train,test}.tar.gz, camvid-240x180.tar and bccd-320x240.tar.
+"""
+
+import fnmatch
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tyro
+
+from training.miniature.cells import CellError, Place, run_cell
+from training.miniature.choice import Results, plan
+from training.miniature.report import CURVES, describe_study, draw_curves
+from training.miniature.study import Cell
+
+HERE = Path(__file__).parent
+
+
+def read_cells(folder: Path) -> Results:
+    """The results in a folder, by cell.
+
+    Raises:
+        ValueError: If a file is not a cell's.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            name = f"{result['cell']['part']}-{result['cell']['arm']}-{result['cell']['number']}"
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not the result of a cell: {error!r}") from error
+        if name != file.stem:
+            raise ValueError(f"{file} holds the result of {name}")
+        found[name] = result
+    return found
+
+
+def next_cell(found: Results, only: str) -> Cell | None:
+    """The first cell of the plan that has no result, waits for none and is asked for."""
+    return next(
+        (cell for name, cell in plan(found) if cell and name not in found and fnmatch.fnmatch(name, only)), None
+    )
+
+
+def write_report(found: Results, folder: Path) -> Path:
+    """Write `RESULTS.md` and its picture into a folder; returns the former."""
+    if any("curve" in result for result in found.values()):
+        draw_curves(found, folder / CURVES)
+    path = folder / "RESULTS.md"
+    path.write_text(describe_study(found), encoding="utf-8")
+    return path
+
+
+def list_cells(found: Results) -> Iterator[str]:
+    """A line for each cell of the plan."""
+    for name, cell in plan(found):
+        state = "done" if name in found else "to do" if cell else "waits for others"
+        yield f"{name:<28} {state}"
+
+
+def main(
+    data: Path | None = None,
+    fashion_mnist: Path | None = None,
+    work: Path = Path("runs/miniature"),
+    out: Path = HERE,
+    processes: int = 2,
+    only: str = "*",
+    hours: float = float("inf"),
+    report_only: bool = False,
+    list: bool = False,
+    shorten: tuple[str, ...] = (),
+) -> None:
+    """Run the cells that have no result yet, each where it was stopped, and write the report.
+
+    Args:
+        data: Folder of the archives of images.
+        fashion_mnist: Folder of Fashion-MNIST's four idx files.
+        work: Folder for runs, features and weights.
+        out: Where results/, RESULTS.md and the picture go.
+        processes: Of a pretraining run; a result depends on it by rounding.
+        only: Cells to run, as a pattern of their names.
+        hours: Begin no cell after so many.
+        report_only: Write the report of the results there are.
+        list: List the cells and stop.
+        shorten: Further flags of every pretraining run, to try the study itself.
+    """
+    results, started = out / "results", time.monotonic()
+    try:
+        found = read_cells(results)
+        if list:
+            print("\n".join(list_cells(found)))
+            return
+        if not report_only:
+            if data is None or fashion_mnist is None:
+                raise ValueError("give --data and --fashion-mnist, or --report-only, or --list")
+            place = Place(
+                data=data.resolve(),
+                fashion=fashion_mnist.resolve(),
+                work=work.resolve(),
+                processes=processes,
+                shorten=shorten,
+            )
+            results.mkdir(parents=True, exist_ok=True)
+            while time.monotonic() - started < 3600 * hours and (cell := next_cell(found, only)):
+                found[cell.name] = run_cell(cell, place)
+                partial = results / f".partial_{cell.name}.json"
+                partial.write_text(json.dumps(found[cell.name], indent=1) + "\n", encoding="utf-8")
+                partial.replace(results / f"{cell.name}.json")
+                write_report(found, out)
+        print(write_report(found, out))
+    except (ValueError, OSError, CellError) as error:
+        raise SystemExit(f"run.py: {error}") from error
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,116 @@
+"""The study as data: which methods, what is tried for each, how long they learn and what they are judged by.
+
+`README.md` beside this file says why. A cell is one pretraining run with its evaluation: one JSON file of results.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+MODEL = "vit_pico_patch8_pmae"
+"""64 x 64 pixels, 8 x 8 patches, 3.6 million parameters."""
+TUNING_SHARE = 0.1
+"""Of Imagenette's training images, each class in proportion: what is chosen is chosen on these."""
+SHOTS = ("1", "5", "10")
+"""Labelled images a class, for few-shot."""
+SUPERVISED_EPOCHS = 30
+CLOCK = "mae"
+"""Whose time all methods get where they are compared at equal time."""
+
+FLOORS = ("pixels", "random", "supervised")
+"""What nobody pretrained: the image itself, first weights, and the encoder that learns Imagenette's labels."""
+
+Part = Literal["floor", "tune", "epochs", "clock", "long"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A row of the tables."""
+
+    name: str
+    method: str
+    """Of `training/pretrain.py`; its values for the model, where nothing else is said."""
+    flags: tuple[str, ...] = ()
+    """What makes a control differ from the method."""
+    trials: tuple[tuple[str, ...], ...] = ((),)
+    """Sets of flags, of which the best on the tuning images is taken; a single one is not tried."""
+    control: bool = False
+    """Not one of the paper's methods."""
+
+
+WEIGHTS = (
+    (),  # the release's: d_f 0.05, d_s 40, w_adv 0.7
+    ("--feature-weight", "0.5", "--adversarial-weight", "0.1", "--r1-gamma", "1"),
+    ("--feature-weight", "1", "--adversarial-weight", "0.01", "--r1-gamma", "1"),
+    ("--feature-weight", "1", "--style-weight", "0", "--adversarial-weight", "0.1", "--r1-gamma", "1"),
+)
+"""Tried for each adversarial method."""
+
+ARMS = (
+    Arm(name="mae", method="mae"),
+    Arm(name="ms_ssim", method="ms_ssim"),
+    Arm(name="ls_gan_p", method="ls_gan_p", trials=WEIGHTS),
+    Arm(name="msg_gan_p", method="msg_gan_p", trials=WEIGHTS),
+    Arm(name="stylegan2_ada_p", method="stylegan2_ada_p", trials=WEIGHTS),
+    Arm(name="mae_pixels", method="mae", flags=("--no-norm-pix-loss",), control=True),
+    Arm(
+        name="l1_image",
+        method="mae",
+        flags=("--no-norm-pix-loss", "--reconstruction", "l1", "--loss-on", "image"),
+        control=True,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A comparison: every arm, so many times."""
+
+    title: str
+    epochs: float
+    numbers: int
+    """Cells of an arm: its seeds; while tuning, its trials."""
+    controls: bool = True
+    """Whether controls take part."""
+
+
+TABLES: dict[Part, Table] = {
+    "tune": Table(title="Tuning", epochs=10, numbers=len(WEIGHTS), controls=False),
+    "epochs": Table(title="Equal epochs", epochs=30, numbers=3),
+    "clock": Table(title="Equal time", epochs=30, numbers=1),
+    "long": Table(title="Long runs", epochs=100, numbers=1, controls=False),
+}
+"""In the order in which they are run, the first seed of all before the second of any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One pretraining run with its evaluation."""
+
+    part: Part
+    arm: str
+    number: int
+    """The seed; while tuning, the trial, whose seed is 0."""
+    method: str = ""
+    """Of `training/pretrain.py`; empty for floors."""
+    flags: tuple[str, ...] = ()
+    epochs: float = 0
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.part}-{self.arm}-{self.number}"
+
+    @property
+    def seed(self) -> int:
+        """Decides first weights, order, crops and masks: the same for every arm."""
+        return 0 if self.part == "tune" else self.number
+
+
+EVALUATIONS: dict[Part, tuple[str, ...]] = {
+    "floor": ("tuning", "imagenette", "cifar10", "fashion-mnist"),
+    "tune": ("tuning",),
+    "epochs": ("imagenette",),
+    "clock": ("imagenette",),
+    "long": ("tuning", "imagenette", "cifar10", "fashion-mnist", "dense"),
+}
+"""Of a cell by its part, see `cells.py`."""
