@@ -27,7 +27,7 @@ from training.data.boxes import DetectionViews, fit_to_canvas
 from training.data.coco import Objects, open_coco
 from training.data.sampler import ImageKey
 from training.evaluate.average_precision import Predictions, average_precision
-from training.evaluate.detection import DetectionSettings, create_task, learn, predict, run_detection
+from training.evaluate.detection import DetectionSettings, create_task, learn_detector, predict, run_detection
 from training.evaluate.features import fingerprint_weights
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place
@@ -529,7 +529,7 @@ def test_a_fine_tuned_encoder_learns_and_a_frozen_one_stays(shapes_set: Path, tm
 
     train, _ = open_coco(shapes_set)
     settings = dataclasses.replace(SETTINGS, epochs=2 / 12, weight_decay=0.5)
-    learned, _, _ = learn(MODEL, train, settings, "frozen", Place(out=tmp_path, engine=Engine(device="cpu")))
+    learned, _, _ = learn_detector(MODEL, train, settings, "frozen", Place(out=tmp_path, engine=Engine(device="cpu")))
     own = open_model(MODEL, device="cpu")[0].model
     assert fingerprint_weights(learned.backbone.encoder) == fingerprint_weights(own)
 
@@ -577,7 +577,9 @@ def test_resumed_is_straight(shapes_set: Path, tmp_path: Path, monkeypatch: pyte
     train, _ = open_coco(shapes_set)
     settings = dataclasses.replace(SETTINGS, epochs=4 / 12, scale_jitter=(0.8, 1.25))
     engine = Engine(device="cpu", checkpoint_every=2)
-    straight, _, _ = learn(MODEL, train, settings, "fine_tuned", Place(out=tmp_path / "straight", engine=engine))
+    straight, _, _ = learn_detector(
+        MODEL, train, settings, "fine_tuned", Place(out=tmp_path / "straight", engine=engine)
+    )
     load, seen = DetectionViews.__getitem__, []
 
     def fail_later(self: DetectionViews, key: ImageKey) -> Any:
@@ -589,8 +591,8 @@ def test_resumed_is_straight(shapes_set: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(DetectionViews, "__getitem__", fail_later)
     place = Place(out=tmp_path / "resumed", engine=engine)
     with pytest.raises(KeyboardInterrupt):
-        learn(MODEL, train, settings, "fine_tuned", place)
-    resumed, _, _ = learn(MODEL, train, settings, "fine_tuned", place)
+        learn_detector(MODEL, train, settings, "fine_tuned", place)
+    resumed, _, _ = learn_detector(MODEL, train, settings, "fine_tuned", place)
     assert len(seen) == 3 * 4 + 2 * 4, "two steps are not taken again"
     for (name, one), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name

@@ -5,16 +5,14 @@ images are letterboxed, and what is found there is judged in the images' own pix
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import PartialState
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Subset
@@ -22,26 +20,21 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-from tyro.conf import Suppress
 
 from perceptual_mae_models.images import ImageError
 from training.data.boxes import DetectionViews, Target, fit_to_canvas
 from training.data.coco import CocoSource, Objects, decode_masks, encode_mask, open_coco
 from training.evaluate.average_precision import Predictions, average_precision
-from training.evaluate.encoders import encoder_groups, is_random
+from training.evaluate.dense import DenseSettings, Mode, create_optimizer, learn
 from training.evaluate.features import combine, fingerprint_data, fingerprint_model
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
 from training.evaluate.split import find_duplicates
-from training.evaluate.trainer import Schedule, Task, fit, run_name
+from training.evaluate.trainer import Task
 from training.grids import labelled_rows
 from training.networks.pyramid import SCALES, DetectorShape, build_detector
 from training.run.seeding import derive_seed, seeded
 
-Mode = Literal["frozen", "fine_tuned"]
-
-NOT_IN_RECIPE = ("data", "encoder", "resamples", "score_threshold", "max_detections")
-"""Settings that do not decide what is learned."""
 SHOWN = 6
 """Test images in the picture."""
 SHOWN_SCORE = 0.5
@@ -52,31 +45,25 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionSettings:
+class DetectionSettings(DenseSettings):
     """How a detector learns."""
+
+    not_in_recipe: ClassVar[tuple[str, ...]] = (*DenseSettings.not_in_recipe, "score_threshold", "max_detections")
 
     data: Path | None = None
     """COCO's layout: a folder or an uncompressed .tar, see `training/data/coco.py`."""
     size: tuple[int, int] = (512, 512)
     """Height and width in pixels of the canvas that images are fitted to."""
-    encoder: tuple[Mode, ...] = ("frozen", "fine_tuned")
-    """Each is a run of its own. `NAME@random` fine-tuned is learning from these images alone."""
     masks: bool = True
     """Learn masks too (Mask R-CNN), where the images have any."""
     epochs: float = 50
     """Passes over the training images."""
-    batch_size: int = 16
-    """Images a step, over all processes and micro-batches together."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     layer_decay: float = 0.7
     """Factor of the learning rate from each of the encoder's layers to the one below; 1 for random weights always."""
     weight_decay: float = 0.1
     """Of matrices."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rate rises."""
-    clip_grad: float | None = 1.0
-    """Largest gradient norm."""
     scale_jitter: tuple[float, float] = (0.8, 1.25)
     """Least and most that a training image is enlarged by; what leaves the canvas is cut off."""
     scales: tuple[float, ...] = SCALES
@@ -97,8 +84,16 @@ class DetectionSettings:
     """Draws of test images for the intervals."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16: autocast in training; boxes stay float32."""
-    seed: Annotated[int, Suppress] = 0
-    """Decides heads, random encoders, order and every draw."""
+
+    def wrong(self) -> list[tuple[bool, str]]:
+        """For each thing that can be wrong: whether it is, and what to say of it."""
+        low, high = self.scale_jitter
+        return [
+            (self.data is None, "data: give a folder or .tar in COCO's layout"),
+            *super().wrong(),
+            (not 0 < low <= high, f"scale_jitter is {low}, {high}: least and most, above 0"),
+            (not 0 <= self.score_threshold < 1, f"score_threshold is {self.score_threshold}: in [0, 1)"),
+        ]
 
 
 def _views(source: CocoSource, settings: DetectionSettings) -> DetectionViews:
@@ -201,21 +196,9 @@ def create_task(
     )
     with seeded(derive_seed(settings.seed, "detector")):
         network = build_detector(encoder, shape, frozen=mode == "frozen")
-    layer_decay = 1.0 if is_random(name) else settings.layer_decay  # it protects what was learned before
-    groups = param_groups_weight_decay(nn.ModuleList(_heads(network)), settings.weight_decay)
-    if mode == "fine_tuned":
-        groups += encoder_groups(encoder, weight_decay=settings.weight_decay, layer_decay=layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    facts = {
-        **dataclasses.asdict(settings),
-        "model": name,
-        "mode": mode,
-        "layer_decay": layer_decay,
-        "weights": weights,
-    }
-    recipe = {key: value for key, value in facts.items() if key not in NOT_IN_RECIPE}
+    optimizer, recipe = create_optimizer(name, encoder, nn.ModuleList(_heads(network)), settings, mode)
     task = Task(network, optimizer, _views(train, settings), _losses, _collate)
-    return task, recipe, network.backbone.strides
+    return task, recipe | {"weights": weights}, network.backbone.strides
 
 
 def _heads(network: Any) -> list[nn.Module]:
@@ -223,31 +206,14 @@ def _heads(network: Any) -> list[nn.Module]:
     return [network.backbone.pyramid, network.rpn, network.roi_heads]
 
 
-def learn(
+def learn_detector(
     name: str, train: CocoSource, settings: DetectionSettings, mode: Mode, place: Place
 ) -> tuple[nn.Module, dict[str, object], float]:
     """A trained detector, what there is to say about it, and the seconds of its training."""
     task, recipe, strides = create_task(name, train, settings, mode)
-    steps = max(1, math.ceil(settings.epochs * len(train) / settings.batch_size))
-    schedule = Schedule(
-        steps=steps,
-        warmup_steps=round(settings.warmup * steps),
-        batch_size=settings.batch_size,
-        clip_grad=settings.clip_grad,
-        precision=settings.precision,
-        seed=settings.seed,
-    )
-    data = {"train": fingerprint_data(train), "annotations": train.digest}
-    description = {"recipe": recipe, "data": data}
-    out = place.out / "runs" / run_name("detection", description)
-    network, seconds = fit(task, schedule, description, out, place.engine)
-    detail: dict[str, object] = {
-        "recipe": recipe,
-        "steps": steps,
-        "strides": strides,
-        "run": str(out.relative_to(place.out)),
-    }
-    return network, detail, seconds
+    prints = {"train": fingerprint_data(train), "annotations": train.digest}
+    network, detail, seconds = learn("detection", task, recipe, prints, settings, place)
+    return network, {**detail, "strides": strides}, seconds
 
 
 def run_detection(name: str, settings: DetectionSettings, place: Place) -> Iterator[Row]:
@@ -263,7 +229,7 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
         ImageError: At an image that does not decode.
         RunError: If a loss is not finite.
     """
-    check_settings(settings)
+    settings.check("detection")
     assert settings.data is not None
     train, test = open_coco(settings.data, masks=settings.masks)
     if (duplicates := find_duplicates(train, test)).images == len(test):
@@ -271,7 +237,7 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
     for source in (train, test):
         source.look_at_all()
     for mode in settings.encoder:
-        network, detail, seconds = learn(name, train, settings, mode, place)
+        network, detail, seconds = learn_detector(name, train, settings, mode, place)
         started = time.monotonic()
         found = predict(network, test, settings, place)
         picture = Path("pictures") / f"{Path(str(detail['run'])).name}.png"
@@ -310,22 +276,3 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
                     seconds=seconds,
                     detail={**detail, "ap_by_class": result.by_class},
                 )
-
-
-def check_settings(settings: DetectionSettings) -> None:
-    """Refuse at once what would fail later or mean nothing.
-
-    Raises:
-        ValueError: If so.
-    """
-    low, high = settings.scale_jitter
-    for wrong, message in (
-        (settings.data is None, "data: give a folder or .tar in COCO's layout"),
-        (not settings.encoder, "encoder: give frozen, fine_tuned or both"),
-        (not 0 < low <= high, f"scale_jitter is {low}, {high}: least and most, above 0"),
-        (not 0 <= settings.warmup < 1, f"warmup is {settings.warmup}: a share of the steps, below 1"),
-        (settings.epochs <= 0 or settings.batch_size < 1, "epochs and batch_size must be above 0"),
-        (not 0 <= settings.score_threshold < 1, f"score_threshold is {settings.score_threshold}: in [0, 1)"),
-    ):
-        if wrong:
-            raise ValueError(f"detection: {message}")

@@ -1,9 +1,4 @@
-"""Semantic segmentation as dense transfer: a decoder learns on an encoder, which stays frozen or learns too.
-
-The recipe is fixed: nothing is chosen, so no image is held back. The whole training split is learned from, and `test`
-(where there is none, `val`) is judged once, at the masks' own size. `NAME@random` fine-tuned is the floor: what these
-images alone teach the same network.
-"""
+"""Semantic segmentation as dense transfer, judged at the masks' own size; see `dense.py`."""
 
 import colorsys
 import dataclasses
@@ -12,31 +7,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop, functional
-from tyro.conf import Suppress
 
 from perceptual_mae_models.images import ImageError
-from training.data.masks import VOID, Census, MaskSource, open_masks
+from training.data.masks import VOID, MaskSource, open_masks
 from training.data.sampler import ImageKey
-from training.evaluate.encoders import build_encoder, encoder_groups, is_random
+from training.evaluate.dense import DenseSettings, Mode, create_optimizer, learn
+from training.evaluate.encoders import build_encoder
 from training.evaluate.features import combine, fingerprint_data, fingerprint_weights
 from training.evaluate.iou import bootstrap, count_pixels, score
 from training.evaluate.rows import Place, Row
 from training.evaluate.split import find_duplicates
-from training.evaluate.trainer import Schedule, Task, fit, run_name
+from training.evaluate.trainer import Task
 from training.grids import labelled_rows
 from training.networks.segmenter import Segmenter
 from training.run.seeding import derive_seed, seeded
-
-Mode = Literal["frozen", "fine_tuned"]
 
 SHOWN = 6
 """Test images in the picture."""
@@ -47,7 +39,7 @@ ASPECT = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationSettings:
+class SegmentationSettings(DenseSettings):
     """How a segmentation network learns."""
 
     data: Path | None = None
@@ -58,56 +50,24 @@ class SegmentationSettings:
     """None: as many as the training masks hold."""
     size: tuple[int, int] = (224, 224)
     """Height and width in pixels that images are brought to: multiples of 32, of 28 for patches of 14."""
-    encoder: tuple[Mode, ...] = ("frozen", "fine_tuned")
-    """Each is a run of its own. `NAME@random` fine-tuned is learning from these images alone."""
-    epochs: float = 100
-    """Passes over the training images."""
     batch_size: int = 16
     """Images a step, over all processes and micro-batches together; the decoder's batch norm sees those of one pass."""
-    lr: float = 5e-4
-    """Peak learning rate of AdamW."""
-    layer_decay: float = 0.75
-    """Factor of the learning rate from each of the encoder's layers to the one below; 1 for random weights always."""
-    weight_decay: float = 0.05
-    """Of matrices."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rate rises."""
-    clip_grad: float | None = 1.0
-    """Largest gradient norm."""
     crop_scale: tuple[float, float] = (0.25, 1.0)
     """Share of an image's area that a training crop covers, least and most."""
     width: int = 256
     """Channels of the decoder."""
-    resamples: int = 1000
-    """Draws of test images for the intervals."""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """bf16: autocast in training."""
-    seed: Annotated[int, Suppress] = 0
-    """Decides decoders, random encoders, order and every draw."""
 
-
-NOT_IN_RECIPE = ("data", "encoder", "resamples")
-
-
-def check_settings(settings: SegmentationSettings) -> None:
-    """Refuse at once what would fail later or mean nothing.
-
-    Raises:
-        ValueError: If so.
-    """
-    low, high = settings.crop_scale
-    for wrong, message in (
-        (settings.data is None, "data: give a folder or .tar of images and masks"),
-        (not settings.encoder, "encoder: give frozen, fine_tuned or both"),
-        (not 0 < low <= high <= 1, f"crop_scale is {low}, {high}: least and most, above 0 and at most 1"),
-        (not 0 <= settings.warmup < 1, f"warmup is {settings.warmup}: a share of the steps, below 1"),
-        (settings.epochs <= 0 or settings.batch_size < 1, "epochs and batch_size must be above 0"),
-        (settings.resamples < 1, "resamples must be at least 1"),
-        (settings.width < 8, f"width is {settings.width}: at least 8"),
-        ((settings.num_classes or 2) < 2, f"num_classes is {settings.num_classes}: at least 2"),
-    ):
-        if wrong:
-            raise ValueError(f"segmentation: {message}")
+    def wrong(self) -> list[tuple[bool, str]]:
+        """For each thing that can be wrong: whether it is, and what to say of it."""
+        low, high = self.crop_scale
+        return [
+            (self.data is None, "data: give a folder or .tar of images and masks"),
+            *super().wrong(),
+            (not 0 < low <= high <= 1, f"crop_scale is {low}, {high}: least and most, above 0 and at most 1"),
+            (self.resamples < 1, "resamples must be at least 1"),
+            (self.width < 8, f"width is {self.width}: at least 8"),
+            ((self.num_classes or 2) < 2, f"num_classes is {self.num_classes}: at least 2"),
+        ]
 
 
 class SegmentationViews(Dataset[Any]):
@@ -180,35 +140,9 @@ def create_task(
             width=settings.width,
             frozen=mode == "frozen",
         )
-    layer_decay = 1.0 if is_random(name) else settings.layer_decay  # it protects what was learned before
-    groups = param_groups_weight_decay(network.decoding, settings.weight_decay)
-    if mode == "fine_tuned":
-        groups += encoder_groups(encoder, weight_decay=settings.weight_decay, layer_decay=layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    facts = dataclasses.asdict(settings) | {"num_classes": len(train.classes), "layer_decay": layer_decay}
-    recipe = {key: value for key, value in facts.items() if key not in NOT_IN_RECIPE}
-    recipe |= {"model": name, "mode": mode, "weights": weights}
+    optimizer, recipe = create_optimizer(name, encoder, network.decoding, settings, mode)
+    recipe |= {"num_classes": len(train.classes), "weights": weights}
     return Task(network, optimizer, SegmentationViews(train, settings), pixel_loss), recipe
-
-
-def learn(
-    name: str, train: MaskSource, census: Census, settings: SegmentationSettings, mode: Mode, place: Place
-) -> tuple[nn.Module, dict[str, object], float]:
-    """A trained network, what there is to say about it, and the seconds of its training."""
-    task, recipe = create_task(name, train, settings, mode)
-    steps = max(1, math.ceil(settings.epochs * len(train) / settings.batch_size))
-    schedule = Schedule(
-        steps=steps,
-        warmup_steps=round(settings.warmup * steps),
-        batch_size=settings.batch_size,
-        clip_grad=settings.clip_grad,
-        precision=settings.precision,
-        seed=settings.seed,
-    )
-    description = {"recipe": recipe, "data": {"train": fingerprint_data(train), "masks": census.digest}}
-    out = place.out / "runs" / run_name("segmentation", description)
-    network, seconds = fit(task, schedule, description, out, place.engine)
-    return network, {"recipe": recipe, "steps": steps, "run": str(out.relative_to(place.out))}, seconds
 
 
 @torch.inference_mode()
@@ -248,13 +182,15 @@ def run_segmentation(name: str, settings: SegmentationSettings, place: Place) ->
         ImageError: At an image or mask that does not decode.
         RunError: If a loss is not finite.
     """
-    check_settings(settings)
+    settings.check("segmentation")
     assert settings.data is not None
     train, test, census = open_masks(settings.data, void=settings.void, num_classes=settings.num_classes)
     if (duplicates := find_duplicates(train, test)).images == len(test):
         raise ValueError(f"{settings.data}: all test images are training images: nothing would follow")
     for mode in settings.encoder:
-        network, detail, seconds = learn(name, train, census["train"], settings, mode, place)
+        task, recipe = create_task(name, train, settings, mode)
+        prints = {"train": fingerprint_data(train), "masks": census["train"].digest}
+        network, detail, seconds = learn("segmentation", task, recipe, prints, settings, place)
         started = time.monotonic()
         counts, shown = judge(network, test, settings, place)
         miou, accuracy = bootstrap(counts, settings.resamples, settings.seed)
