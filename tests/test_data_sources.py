@@ -215,8 +215,25 @@ def test_a_broken_row_is_named(datasets: Any, tmp_path: Path) -> None:
     for index in (1, 2):
         with pytest.raises(ImageError, match=f"^0000000{index}: "):
             source.load(index)
-    with pytest.raises(ValueError, match="not exactly one column of classes"):
+    with pytest.raises(ValueError, match="has no column of classes"):
         _ = source.labels
+
+
+def test_one_of_several_columns_of_images_and_of_classes_can_be_chosen(datasets: Any, tmp_path: Path) -> None:
+    names = {"fine": ["oak", "rose"], "coarse": ["tree", "flower"]}
+    columns: dict[str, Any] = {name: datasets.ClassLabel(names=classes) for name, classes in names.items()}
+    features = datasets.Features({"left": datasets.Image(), "right": datasets.Image(), **columns})
+    images = {side: [{"bytes": png(shade), "path": None}] for side, shade in (("left", 1), ("right", 2))}
+    path = str(tmp_path / "rows")
+    datasets.Dataset.from_dict({**images, "fine": [1], "coarse": [0]}, features=features).save_to_disk(path)
+    with pytest.raises(ValueError, match="several image columns, choose one: left, right"):
+        ImageSource(f"hf:{path}")
+    with pytest.raises(ValueError, match="several columns of classes, choose one: fine, coarse"):
+        _ = ImageSource(f"hf:{path}", column="left").labels
+    with pytest.raises(ValueError, match="size is no column of classes; these are: fine, coarse"):
+        ImageSource(f"hf:{path}", column="left", label_column="size")
+    source = ImageSource(f"hf:{path}", column="right", label_column="coarse")
+    assert (source.classes, source.labels, source.load(0).getpixel((0, 0))[:2]) == (["tree", "flower"], [0], (2, 253))
 
 
 # --- Hugging Face, streamed ---

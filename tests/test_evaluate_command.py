@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
-from training.evaluate.command import evaluate
+from training.evaluate.command import evaluate, main
 from training.evaluate.detection import DetectionSettings
+from training.evaluate.models import describe_model, open_model
 from training.evaluate.options import Options
 from training.evaluate.protocols import Settings
 from training.evaluate.segmentation import SegmentationSettings
 from training.report.results import read_results
+from training.run.signals import EXIT_INTERRUPTED, Interrupted
 
 PICO = "vit_pico_patch8_pmae"
 
@@ -23,7 +26,8 @@ def colours(root: Path, *names: str) -> str:
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for copy in range(2):
-            Image.new("RGB", (16, 16), (70 * number + copy, 90, 90)).save(root / name / f"{root.name}{copy}.png")
+            colour = (70 * number + copy, 90, 90 + len(root.name))  # no image is another one's copy
+            Image.new("RGB", (16, 16), colour).save(root / name / f"{root.name}{copy}.png")
     return str(root)
 
 
@@ -63,9 +67,26 @@ def test_sets_that_do_not_belong_together_are_refused_before_anything_is_compute
         ({"models": ("pixels:4", "pixels:x")}, "side of the image"),
         ({"models": (f"{PICO}@no.safetensors",)}, "no such file"),
         ({"settings": Settings(k=(1,), shots=("3",))}, "class 0 has 2 training images"),
-        ({"protocols": ("segmentation",)}, "say on which images, by --segmentation.data"),
+        ({"models": (PICO,), "protocols": ("segmentation",)}, "say on which images, by --segmentation.data"),
         ({"protocols": ("reconstruction",)}, "has no decoder"),
         ({"groups": "(a"}, "no regular expression"),
+        ({"models": ()}, "name a model"),
+        ({"models": ("pixels:4", "pixels:4")}, "given twice"),
+        ({"protocols": ("finetune",)}, "pixels have no weights to train"),
+        ({"settings": Settings(k=(), shots=("1",))}, "give numbers of neighbours"),
+        ({"models": (PICO,), "protocols": ("knn", "finetune")}, "more than the 4 training images"),
+        (
+            {"models": (PICO,), "protocols": ("segmentation",), "segmentation": SegmentationSettings(data=Path("no"))},
+            "no such folder or tar",
+        ),
+        (
+            {
+                "models": (PICO,),
+                "protocols": ("detection",),
+                "detection": DetectionSettings(data=Path("tests"), epochs=0),
+            },
+            "epochs and batch_size must be above 0",
+        ),
     ],
 )
 def test_what_would_fail_later_fails_at_once(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -89,6 +110,86 @@ def test_a_second_command_adds_to_what_the_first_one_found(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="figures of other settings"):
         evaluate(options(tmp_path, **sets, settings=Settings(k=(2,), shots=("1",), draws=2)))
     assert read_results(tmp_path / "out" / "results.json") == found
+
+
+def test_a_test_of_copies_is_refused(tmp_path: Path) -> None:
+    train = colours(tmp_path / "train", "a", "b")
+    for path in sorted(Path(train).rglob("*.png")):
+        copy = tmp_path / "test" / path.parent.name / f"copy_of_{path.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"all test images of .* are training images"):
+        evaluate(options(tmp_path, train=train, test=str(tmp_path / "test"), protocols=("knn",)))
+
+
+@pytest.mark.parametrize(("flag", "value"), [("batch_size", 0), ("workers", -1)])
+def test_impossible_options_are_refused(flag: str, value: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} is {value}"):
+        options(tmp_path, **{flag: value})
+    with pytest.raises(ValueError, match="--epochs is -5"):
+        Settings(epochs=-5)
+
+
+def test_other_weights_under_the_same_name_do_not_join_a_table(tmp_path: Path) -> None:
+    sets = {name: colours(tmp_path / name, "a", "b") for name in ("train", "test")}
+    file = tmp_path / "encoder.safetensors"
+    for seed in (0, 1):
+        extractor, _ = open_model(f"{PICO}@random", device="cpu", seed=seed)
+        save_file(extractor.model.state_dict(), file)
+        chosen = options(tmp_path, **sets, models=(f"{PICO}@{file}",), protocols=("knn", "few_shot")[seed : seed + 1])
+        if seed:
+            with pytest.raises(ValueError, match=r"figures of another vit_pico.*give another --out"):
+                evaluate(chosen)
+        else:
+            evaluate(chosen)
+
+
+def test_what_was_found_survives_an_interruption_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {name: colours(tmp_path / name, "a", "b") for name in ("train", "test")}
+    chosen = options(tmp_path, **sets, models=("pixels:2", "pixels:4"), protocols=("knn", "few_shot"))
+    straight = evaluate(dataclasses.replace(chosen, out=tmp_path / "straight"))
+
+    def stop(*arguments: Any, **more: Any) -> None:
+        raise Interrupted("SIGTERM")
+
+    def rows() -> list[tuple[str, str]]:
+        found = json.loads((chosen.out / "results.json").read_text())["results"]
+        return [(row["model"], row["protocol"]) for row in found]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.evaluate.protocols.few_shot", stop)
+        with pytest.raises(SystemExit) as stopped:
+            main(chosen)
+        assert stopped.value.code == EXIT_INTERRUPTED
+        assert rows() == [("pixels:2", "knn")], "the first model's first figure"
+    evaluate(chosen)
+    assert rows() == [(row["model"], row["protocol"]) for row in straight["results"]]
+    with monkeypatch.context() as patched:  # of a second run, too, nothing is lost that it did not make anew
+        patched.setattr("training.evaluate.protocols.knn_predict", stop)
+        with pytest.raises(SystemExit):
+            main(chosen)
+        assert sorted(rows()) == sorted((row["model"], row["protocol"]) for row in straight["results"])
+    values = {(row["model"], row["protocol"]): row["value"] for row in evaluate(chosen)["results"]}
+    assert values == {(row["model"], row["protocol"]): row["value"] for row in straight["results"]}
+
+
+def test_what_features_cost_is_that_of_their_extraction_also_from_the_cache(tmp_path: Path) -> None:
+    sets = {name: colours(tmp_path / name, "a", "b") for name in ("train", "test")}
+    first, second = (
+        evaluate(options(tmp_path, **sets, models=(f"{PICO}@random",), protocols=("knn",)))["results"][0]
+        for _ in range(2)
+    )
+    assert first["extraction_seconds"] == second["extraction_seconds"] > 0
+
+
+def test_costs_count_attention() -> None:
+    encoder, tokens, width = describe_model(f"{PICO}@random"), 65, 192
+    layer = tokens * 12 * width * width + 2 * tokens * tokens * width  # four projections' worth and the MLP; attention
+    patches = 64 * 8 * 8 * 3 * width
+    assert encoder["gflop"] == pytest.approx(2 * (8 * layer + patches) / 1e9, rel=1e-3)
+    assert encoder["fingerprint"] != describe_model(f"{PICO}@random", seed=1)["fingerprint"]
 
 
 def squares(root: Path) -> None:
@@ -152,3 +253,7 @@ def test_dense_protocols_go_from_the_command_to_the_page(tmp_path: Path) -> None
     seeded = evaluate(dataclasses.replace(chosen, settings=Settings(seed=1), out=tmp_path / "seed"))
     runs = [row["detail"]["run"] for row in (*found["results"], *seeded["results"])]
     assert len(set(runs)) == 4, "--seed decides these runs too"
+    for protocol in ("segmentation", "detection"):
+        grouped = dataclasses.replace(chosen, protocols=(protocol,), groups=r"(\d)\.png", out=tmp_path / "groups")
+        with pytest.raises(ValueError, match="share 2 groups, such as 0"):
+            evaluate(grouped)

@@ -101,16 +101,21 @@ class HubReader:
         spec: What stands behind `hf:`.
         split: Which split.
         column: The image column; None: the only one.
+        label_column: The column of classes; None: the only one, or none where there are several.
 
     Raises:
-        ValueError: If the data set cannot be read or its image column is not clear.
+        ValueError: If the data set cannot be read, its image column is not clear or the chosen column holds no classes.
     """
 
-    def __init__(self, spec: str, split: str, column: str | None) -> None:
+    def __init__(self, spec: str, split: str, column: str | None, label_column: str | None = None) -> None:
         datasets = _import_datasets()
         rows, chosen = without_decoding(load_hub_dataset(spec, split, streaming=False), spec, column)
         labelled = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-        self.spec = spec
+        if label_column is not None and label_column not in labelled:
+            known = ", ".join(labelled) or "none"
+            raise ValueError(f"{spec}: {label_column} is no column of classes; these are: {known}")
+        self.spec, self.all_labelled = spec, labelled
+        labelled = [label_column] if label_column else labelled
         self.classes: list[str] = rows.features[labelled[0]].names if len(labelled) == 1 else []
         self._labels: list[int] = list(rows[labelled[0]]) if self.classes else []
         self.rows, self.column = rows.select_columns([chosen]), chosen
@@ -126,7 +131,8 @@ class HubReader:
             ValueError: If the data set has no column of classes, or several.
         """
         if not self._labels:
-            raise ValueError(f"hf:{self.spec} has not exactly one column of classes")
+            which = f"several columns of classes, choose one: {', '.join(self.all_labelled)}"
+            raise ValueError(f"hf:{self.spec} has {which if self.all_labelled else 'no column of classes'}")
         return self._labels
 
     def name(self, index: int) -> str:

@@ -26,6 +26,7 @@ class ImageSource:
         cache: Keep every decoded image in memory, 4 bytes a pixel; each loader process keeps its own.
         split: Split of a Hugging Face data set.
         column: Its image column, where it has several.
+        label_column: Its column of classes, where it has several.
         flag: What the user gave `spec` by, for messages.
 
     Raises:
@@ -40,11 +41,12 @@ class ImageSource:
         cache: bool = False,
         split: str = "train",
         column: str | None = None,
+        label_column: str | None = None,
         flag: str = "--data",
     ) -> None:
         self.spec = str(spec)
         try:
-            self.reader = open_reader(self.spec, split=split, column=column)
+            self.reader = open_reader(self.spec, split=split, column=column, label_column=label_column)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{flag} {error}") from error
         self.decoded: dict[int, Image.Image] | None = {} if cache else None

@@ -77,20 +77,23 @@ class FolderReader:
         return Path(self.paths[index]).read_bytes()
 
 
-def open_reader(spec: str, *, split: str = "train", column: str | None = None) -> Reader:
+def open_reader(
+    spec: str, *, split: str = "train", column: str | None = None, label_column: str | None = None
+) -> Reader:
     """Find out what a spec names and index it.
 
     Args:
         spec: See the table above.
         split: Split of a Hugging Face data set.
         column: Its image column, where it has several.
+        label_column: Its column of classes, where it has several.
 
     Raises:
         FileNotFoundError: If there is no such thing or no image in it.
         ValueError: If it is of no kind that can be read.
     """
     if spec.startswith(HUB_PREFIX):
-        return HubReader(spec.removeprefix(HUB_PREFIX), split, column)
+        return HubReader(spec.removeprefix(HUB_PREFIX), split, column, label_column)
     path = Path(spec)
     if path.is_file():
         if is_idx(path):

@@ -183,6 +183,8 @@ class TarReader:
             return [int(self._read(*self._label_files[_sample_key(name)])) for name in self.names]
         except KeyError as error:
             raise ValueError(f"{error.args[0]} has no label (.cls)") from error
+        except ValueError as error:
+            raise ValueError(f"{self.tars[0]}: a label (.cls) is no whole number: {error}") from error
 
     def _qualified(self, tar: int, name: str) -> str:
         name = name.removeprefix("./")

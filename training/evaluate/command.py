@@ -6,10 +6,10 @@ Features and runs are kept below `--out`, so a second call, or one after an inte
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path, PurePath
@@ -20,7 +20,14 @@ from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.classifiers import Classifiers, linear_classifiers
 from training.evaluate.detection import run_detection
-from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
+from training.evaluate.features import (
+    Features,
+    extract,
+    extraction_seconds,
+    find_cache,
+    fingerprint_data,
+    fingerprint_model,
+)
 from training.evaluate.fidelity import run_reconstruction
 from training.evaluate.finetune import classify, fine_tune, run_finetune
 from training.evaluate.models import PIXELS, describe_model, open_model
@@ -37,6 +44,16 @@ from training.report.tables import find_metric
 from training.run.checkpoint import CheckpointError
 from training.run.folder import RunError, versions
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
+
+PACKAGES = (
+    "numpy",
+    "pycocotools",
+    "scikit-learn",
+    "scipy",
+    "segmentation-models-pytorch",
+    "torch-fidelity",
+)
+"""Whose versions decide figures, besides those of pretraining."""
 
 Result = dict[str, Any]
 """A row of results.json."""
@@ -57,9 +74,9 @@ def judge_features(name: str, sources: dict[str, ImageSource], options: Options)
         return
     settings, place = options.settings, options.place
     extractor, representations = open_model(name, device=place.device, dtype=options.dtype, seed=settings.seed)
-    started = time.monotonic()
     train, test = (load_features(extractor, sources[split], options) for split in ("train", "test"))
-    facts = {"fingerprint": fingerprint_model(extractor), "extraction_seconds": time.monotonic() - started}
+    folders = (find_cache(extractor, sources[split], options.out / "features") for split in ("train", "test"))
+    facts = {"fingerprint": fingerprint_model(extractor), "extraction_seconds": sum(map(extraction_seconds, folders))}
     for representation, columns in representations.items():
         for protocol in protocols:
             for row in ON_FEATURES[protocol](train.columns(columns), test.columns(columns), settings):
@@ -112,10 +129,12 @@ def judge_dense(name: str, sources: dict[str, ImageSource], options: Options) ->
         return
     seed = options.settings.seed
     if "segmentation" in options.protocols:
-        for row in run_segmentation(name, dataclasses.replace(options.segmentation, seed=seed), options.place):
+        segmentation = dataclasses.replace(options.segmentation, seed=seed)
+        for row in run_segmentation(name, segmentation, options.place, options.groups):
             yield result_of(name, row)
     if "detection" in options.protocols:
-        for row in run_detection(name, dataclasses.replace(options.detection, seed=seed), options.place):
+        detection = dataclasses.replace(options.detection, seed=seed)
+        for row in run_detection(name, detection, options.place, options.groups):
             yield result_of(name, row)
 
 
@@ -149,32 +168,47 @@ def evaluate(options: Options) -> dict[str, Any]:
         "data": describe_data(sources, prints),
         "duplicates": duplicates and dataclasses.asdict(duplicates),
         "settings": describe_settings(options),
-        "versions": {**versions(), "scikit-learn": version("scikit-learn")},
-        "models": {},
+        "versions": {**versions(), **{name: version(name) for name in PACKAGES}},
+        "models": {name: describe_model(name, options.settings.seed) for name in options.models},
         "results": [],
     }
     keep_earlier(found, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.models:
-        found["models"][name] = describe_model(name)
-        for judge in JUDGES:
+    renewed: set[tuple[str, str]] = set()
+    for name, judge in itertools.product(options.models, JUDGES):
+        try:
             for result in judge(name, sources, options):
-                found["results"].append(result)
-                if result["protocol"] in DENSE:
-                    found["data"][result["protocol"]] = result["detail"]["data"]
+                add_result(found, result, renewed)
                 if writes:
                     print(show(result), flush=True)
-        # after each model: what is found stays, whatever happens to the next
-        if writes:
-            write(found, options.out)
+        finally:  # what is found stays, whatever happens next
+            if writes and any(model == name for model, _ in renewed):
+                write(found, options.out)
     return found
 
 
+def add_result(found: dict[str, Any], result: Result, renewed: set[tuple[str, str]]) -> None:
+    """Put a figure in place of those that an earlier command left of the same model and protocol.
+
+    Args:
+        found: The content of results.json.
+        result: The figure.
+        renewed: Models and protocols whose earlier figures are gone.
+    """
+    key = result["model"], result["protocol"]
+    if key not in renewed:
+        renewed.add(key)
+        found["results"] = [row for row in found["results"] if (row["model"], row["protocol"]) != key]
+    found["results"].append(result)
+    if result["protocol"] in DENSE:
+        found["data"][result["protocol"]] = result["detail"]["data"]
+
+
 def keep_earlier(found: dict[str, Any], options: Options) -> None:
-    """Add to `found` what an earlier command left in the folder and this one does not make anew.
+    """Add to `found` what an earlier command left in the folder.
 
     Raises:
-        ValueError: If that is about other images, or made in another way.
+        ValueError: If that is about other images or other weights, or made in another way.
     """
     file = options.out / "results.json"
     if not file.exists():
@@ -190,12 +224,14 @@ def keep_earlier(found: dict[str, Any], options: Options) -> None:
                 )
         found[part] = {**earlier[part], **found[part]}
     found["duplicates"] = found["duplicates"] or earlier.get("duplicates")
-    found["models"] = earlier.get("models", {})
-    found["results"] = [
-        result
-        for result in earlier["results"]
-        if result["model"] not in options.models or result["protocol"] not in options.protocols
-    ]
+    for name, facts in earlier.get("models", {}).items():
+        known, now = (said.get("fingerprint") for said in (facts, found["models"].get(name, facts)))
+        if known != now:
+            raise ValueError(
+                f"{file} has figures of another {name} (weights or transform): give another --out, or delete it"
+            )
+    found["models"] = {**earlier.get("models", {}), **found["models"]}
+    found["results"] = earlier["results"]
 
 
 def write(found: dict[str, Any], out: Path) -> None:
@@ -223,7 +259,7 @@ def short_name(spec: str) -> str:
 
 def describe_settings(options: Options) -> dict[str, Any]:
     """The settings of the protocols that run."""
-    described = dataclasses.asdict(options.settings)
+    described = {**dataclasses.asdict(options.settings), "dtype": options.dtype, "groups": options.groups}
     for protocol in ("finetune", "shift", "reconstruction", "segmentation", "detection"):
         if protocol in options.protocols:
             chosen = dataclasses.asdict(getattr(options, protocol))

@@ -29,7 +29,7 @@ from training.evaluate.dense import DenseSettings, Mode, create_optimizer, learn
 from training.evaluate.features import combine, fingerprint_data, fingerprint_model
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
-from training.evaluate.split import find_duplicates
+from training.evaluate.split import refuse_copies
 from training.evaluate.trainer import Task
 from training.grids import labelled_rows
 from training.networks.pyramid import SCALES, DetectorShape, build_detector
@@ -216,8 +216,14 @@ def learn_detector(
     return network, {**detail, "strides": strides}, seconds
 
 
-def run_detection(name: str, settings: DetectionSettings, place: Place) -> Iterator[Row]:
+def run_detection(name: str, settings: DetectionSettings, place: Place, groups: str | None = None) -> Iterator[Row]:
     """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
+
+    Args:
+        name: Of the encoder, see `training/evaluate/models.py`.
+        settings: What to learn from, and how.
+        place: Where and how fast to run.
+        groups: See `name_groups`; none may be in both splits.
 
     Yields:
         For each way of using the encoder `box_ap` and `box_ap50`, and `mask_ap` and `mask_ap50` where there are masks:
@@ -232,8 +238,7 @@ def run_detection(name: str, settings: DetectionSettings, place: Place) -> Itera
     settings.check("detection")
     assert settings.data is not None
     train, test = open_coco(settings.data, masks=settings.masks)
-    if (duplicates := find_duplicates(train, test)).images == len(test):
-        raise ValueError(f"{settings.data}: all test images are training images: nothing would follow")
+    duplicates = refuse_copies(train, test, groups)
     for source in (train, test):
         source.look_at_all()
     for mode in settings.encoder:

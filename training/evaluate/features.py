@@ -5,6 +5,7 @@ thousand images, written when complete: an interrupted extraction goes on where 
 """
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -107,7 +109,7 @@ def extract(
         ImageError: At an image that does not decode: an accuracy over fewer images is another one.
         ValueError: If a feature is not finite.
     """
-    folder = cache and cache / f"{fingerprint_model(extractor)}-{fingerprint_data(source)}"
+    folder = cache and find_cache(extractor, source, cache)
     rows = []
     for start in range(0, len(source), IMAGES_A_FILE):
         file = folder and folder / f"{start:09d}.safetensors"
@@ -115,6 +117,7 @@ def extract(
         if file and file.exists() and len(kept := load_file(file)["features"]) == len(numbers):
             rows.append(kept)
             continue
+        started = time.monotonic()
         batches = load_views(source, extractor.transform, numbers, batch_size, workers)
         features = torch.cat([extractor.encode(images) for images in batches])
         if broken := int((~features.isfinite()).any(dim=1).sum()):
@@ -124,9 +127,24 @@ def extract(
             )
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, {"features": features}, extractor.metadata)
+            cost = {"seconds": f"{time.monotonic() - started:.3f}"}
+            write_atomically(file, {"features": features}, {**extractor.metadata, **cost})
         rows.append(features)
     return torch.cat(rows)
+
+
+def find_cache(extractor: FeatureExtractor, source: ImageSource, cache: Path) -> Path:
+    """The folder of a cache that belongs to these weights, this transform and these images."""
+    return cache / f"{fingerprint_model(extractor)}-{fingerprint_data(source)}"
+
+
+def extraction_seconds(folder: Path) -> float:
+    """What the features in a folder of the cache took, whoever computed them."""
+    seconds = 0.0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            seconds += float(opened.metadata().get("seconds", 0))
+    return seconds
 
 
 def fingerprint_model(extractor: FeatureExtractor) -> str:

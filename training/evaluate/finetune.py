@@ -26,7 +26,7 @@ from training.data.images import ImageSource
 from training.data.sampler import ImageKey
 from training.evaluate.encoders import build_encoder
 from training.evaluate.features import fingerprint_data, fingerprint_weights, load_views
-from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, resolve_recipe
+from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, check_batch, resolve_recipe
 from training.evaluate.intervals import share_interval
 from training.evaluate.rows import Place, Row
 from training.evaluate.trainer import Schedule, Task, fit, run_name
@@ -204,10 +204,7 @@ def fine_tune(name: str, train: ImageSource, settings: FineTuneSettings, seed: i
         Interrupted: If a signal asked to stop.
     """
     recipe = resolve_recipe(name, settings, seed)
-    if recipe.batch_size > len(train):
-        raise ValueError(
-            f"--finetune.batch-size {recipe.batch_size} is more than the {len(train)} training images: give fewer"
-        )
+    check_batch(recipe, len(train))
     task = create_task(name, train, recipe)
     steps = max(1, round(recipe.epochs * len(train) / recipe.batch_size))
     schedule = Schedule(

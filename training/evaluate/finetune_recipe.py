@@ -117,7 +117,7 @@ RECIPES = {
         precision="fp32",
     ),
 }
-"""By the beginning of the architecture's name; the first where none fits. MAE's rate ends at 1e-6 instead of 0."""
+"""By a part of the architecture's name; the first where none fits. MAE's rate ends at 1e-6 instead of 0."""
 
 
 def resolve_recipe(name: str, settings: FineTuneSettings, seed: int) -> FineTuneRecipe:
@@ -125,9 +125,21 @@ def resolve_recipe(name: str, settings: FineTuneSettings, seed: int) -> FineTune
 
     Random encoders learn at one rate: a decay over layers protects what was learned before.
     """
-    kinds = (recipe for prefix, recipe in RECIPES.items() if name.startswith(prefix))
+    kinds = (recipe for kind, recipe in RECIPES.items() if kind in name.partition("@")[0])
     recipe = dataclasses.replace(next(kinds, RECIPES["vit_base"]), seed=seed)
     if is_random(name):
         recipe = dataclasses.replace(recipe, layer_decay=1.0)
     given = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
     return dataclasses.replace(recipe, **given)
+
+
+def check_batch(recipe: FineTuneRecipe, images: int) -> None:
+    """Refuse a batch that is larger than the training set.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if recipe.batch_size > images:
+        raise ValueError(
+            f"--finetune.batch-size {recipe.batch_size} is more than the {images} training images: give fewer"
+        )

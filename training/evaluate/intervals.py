@@ -60,7 +60,8 @@ def share_interval(right: Tensor) -> Interval:
     z = _Z
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+    # rounding would leave an accuracy of 1 outside
+    return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
 
 
 def sample_interval(values: Tensor) -> Interval:

@@ -31,7 +31,7 @@ def knn_predict(
     *,
     temperature: float = 0.07,
     leave_one_out: bool = False,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> dict[int, Tensor]:
     """Classify by a vote of the k most similar bank entries, each weighted by exp(cosine / temperature).
 
@@ -42,7 +42,7 @@ def knn_predict(
         ks: Numbers of voters to try, each at most M, or M - 1 with `leave_one_out`.
         temperature: DINO's is 0.07.
         leave_one_out: The queries are the bank, in its order, and none votes for itself.
-        chunk: Queries compared at a time; bounds memory to chunk * M floats.
+        chunk: Queries compared at a time; memory is chunk * M floats, a quarter of a gigabyte by default.
 
     Returns:
         For each k, (N,) int64 predicted labels.
@@ -58,6 +58,7 @@ def knn_predict(
     bank = F.normalize(bank.float(), dim=1)
     num_classes = int(bank_labels.max()) + 1
     predictions: dict[int, list[Tensor]] = {k: [] for k in ks}
+    chunk = chunk or max(1, 2**26 // len(bank))
     for number, part in enumerate(F.normalize(queries.float(), dim=1).split(chunk)):
         similarity = part @ bank.T  # (n, M)
         if leave_one_out:

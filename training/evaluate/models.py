@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceptual_mae_models.features import FeatureExtractor, Precision, check_model_name
+from training.evaluate.features import fingerprint_model
 from training.networks.autoencoder import MaskedAutoencoder
 from training.recipes import Recipe
 from training.weights import open_embedded, open_run
@@ -108,13 +110,23 @@ def _pixels(name: str) -> int:
     return int(size)
 
 
-def describe_model(name: str) -> dict[str, int | float]:
-    """Parameters of the encoder, and 10^9 operations of a forward pass of one image (a product and its sum are two)."""
-    extractor, _ = open_model(name, device="cpu")
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+def describe_model(name: str, seed: int = 0) -> dict[str, int | float | str]:
+    """What a name stands for: a fingerprint of weights and transform, parameters, and the cost of an image.
+
+    Args:
+        name: See the table above.
+        seed: Decides random weights.
+
+    Returns:
+        `fingerprint`, `parameters`, and `gflop`: 10^9 operations of a forward pass (a product and its sum are two).
+    """
+    extractor, _ = open_model(name, device="cpu", seed=seed)
+    # fused attention on the CPU is a single operation that the counter does not know
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         extractor.model.forward_features(torch.zeros(1, 3, *extractor.input_size))
     parameters = sum(parameter.numel() for parameter in extractor.model.parameters())
-    return {"parameters": parameters, "gflop": counter.get_total_flops() / 1e9}
+    gflop = counter.get_total_flops() / 1e9
+    return {"fingerprint": fingerprint_model(extractor), "parameters": parameters, "gflop": gflop}
 
 
 def open_autoencoder(name: str) -> tuple[MaskedAutoencoder, Recipe]:

@@ -23,6 +23,10 @@ DENSE = frozenset(("segmentation", "detection"))
 """Protocols that take a kind of data of their own."""
 
 
+LEARNING = DENSE | {"finetune"}
+"""Protocols in which weights learn."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What to evaluate, and how."""
@@ -39,6 +43,10 @@ class Options:
     """Split of --train, where that is an hf: data set."""
     test_split: str = "test"
     """Split of --test, where that is an hf: data set."""
+    column: str | None = None
+    """Image column of hf: data sets, where they have several."""
+    label_column: str | None = None
+    """Column of classes of hf: data sets, where they have several."""
     protocols: tuple[Protocol, ...] = ("knn", "linear", "few_shot")
     """What to run; reconstruction needs a decoder, segmentation and detection --segmentation.data, --detection.data."""
     out: Path = Path("evaluation")
@@ -65,6 +73,11 @@ class Options:
     """torch.compile what is trained."""
     checkpoint_every: int = 500
     """Training steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
 
     @property
     def place(self) -> Place:

@@ -29,6 +29,11 @@ class Settings:
     seed: int = 0
     """Decides draws, orders, what is held back, and the weights of random models."""
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+
 
 def run_knn(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
     """Weighted k-NN, DINO's protocol."""

@@ -24,7 +24,7 @@ from training.evaluate.encoders import build_encoder
 from training.evaluate.features import combine, fingerprint_data, fingerprint_weights
 from training.evaluate.iou import bootstrap, count_pixels, score
 from training.evaluate.rows import Place, Row
-from training.evaluate.split import find_duplicates
+from training.evaluate.split import refuse_copies
 from training.evaluate.trainer import Task
 from training.grids import labelled_rows
 from training.networks.segmenter import Segmenter
@@ -170,8 +170,16 @@ def predict(
             yield image, truth, full[0].argmax(dim=0).cpu()
 
 
-def run_segmentation(name: str, settings: SegmentationSettings, place: Place) -> Iterator[Row]:
+def run_segmentation(
+    name: str, settings: SegmentationSettings, place: Place, groups: str | None = None
+) -> Iterator[Row]:
     """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
+
+    Args:
+        name: Of the encoder, see `training/evaluate/models.py`.
+        settings: What to learn from, and how.
+        place: Where and how fast to run.
+        groups: See `name_groups`; none may be in both splits.
 
     Yields:
         For each way of using the encoder `miou` and `pixel_accuracy`.
@@ -185,8 +193,7 @@ def run_segmentation(name: str, settings: SegmentationSettings, place: Place) ->
     settings.check("segmentation")
     assert settings.data is not None
     train, test, census = open_masks(settings.data, void=settings.void, num_classes=settings.num_classes)
-    if (duplicates := find_duplicates(train, test)).images == len(test):
-        raise ValueError(f"{settings.data}: all test images are training images: nothing would follow")
+    duplicates = refuse_copies(train, test, groups)
     for mode in settings.encoder:
         task, recipe = create_task(name, train, settings, mode)
         prints = {"train": fingerprint_data(train), "masks": census["train"].digest}

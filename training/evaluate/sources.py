@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from training.data.images import ImageSource
+from training.evaluate.dense import DenseSettings
 from training.evaluate.features import Features
 from training.evaluate.few_shot import draw_shots
 from training.evaluate.fidelity import open_judges
-from training.evaluate.models import check_name, open_autoencoder
+from training.evaluate.finetune_recipe import check_batch, resolve_recipe
+from training.evaluate.models import PIXELS, check_name, open_autoencoder
 from training.evaluate.options import DENSE, LABELLED, Options
 from training.evaluate.shift import check_settings, open_shifted
-from training.evaluate.split import check_pair, hold_back, name_groups
+from training.evaluate.split import check_pair, hold_back, name_groups, refuse_copies
 from training.run.engine import count_processes
 
 
@@ -53,7 +55,9 @@ def open_sources(options: Options) -> dict[str, ImageSource]:
         if place is None:
             raise ValueError(f"give --data DIR with train and val in it, or --train and --test (missing: {split})")
         flag = "--data" if options.data else f"--{split}"
-        sources[split] = ImageSource(place, split=splits[split], flag=flag)
+        sources[split] = ImageSource(
+            place, split=splits[split], column=options.column, label_column=options.label_column, flag=flag
+        )
     return sources
 
 
@@ -65,8 +69,7 @@ def check_before(options: Options, sources: dict[str, ImageSource], prints: dict
             with, data of a dense protocol are not given, or a protocol of one process is asked of several.
         FileNotFoundError: If weights or images are missing.
     """
-    for name in options.models:
-        check_name(name)
+    check_models(options)
     if "train" in sources:
         check_learning(options, sources, prints)
     if "reconstruction" in options.protocols:
@@ -74,11 +77,32 @@ def check_before(options: Options, sources: dict[str, ImageSource], prints: dict
             open_autoencoder(name)
         open_judges(options.reconstruction, len(sources["test"]), options.settings.seed, "cpu")
     for protocol in sorted(DENSE & set(options.protocols)):
-        if getattr(options, protocol).data is None:
+        settings: DenseSettings = getattr(options, protocol)
+        if settings.data is None:
             raise ValueError(f"--protocols {protocol}: say on which images, by --{protocol}.data")
+        if not settings.data.exists():
+            raise FileNotFoundError(f"--{protocol}.data {settings.data}: no such folder or tar")
+        settings.check(protocol)
     alone = set(options.protocols) - DENSE - {"finetune"}
     if count_processes() > 1 and alone:
         raise ValueError(f"--protocols {' '.join(sorted(alone))}: run these in one process, not under a launcher")
+
+
+def check_models(options: Options) -> None:
+    """The part of `check_before` about models.
+
+    Raises:
+        ValueError: If none is named, one twice, one means nothing, or none has the weights that all protocols train.
+        FileNotFoundError: If weights are missing.
+    """
+    if not options.models:
+        raise ValueError("name a model, such as vit_pico_patch8_pmae")
+    for name in options.models:
+        check_name(name)
+        if options.models.count(name) > 1:
+            raise ValueError(f"{name} is given twice")
+    if not set(options.protocols) - LEARNING and all(name.startswith(PIXELS) for name in options.models):
+        raise ValueError(f"--protocols {' '.join(options.protocols)}: pixels have no weights to train; name a model")
 
 
 def check_learning(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> None:
@@ -94,6 +118,9 @@ def check_learning(options: Options, sources: dict[str, ImageSource], prints: di
     settings, protocols = options.settings, options.protocols
     train, test = (label(torch.empty(len(sources[split]), 0), sources[split], options) for split in ("train", "test"))
     check_pair(train, test)
+    refuse_copies(sources["train"], sources["test"])
+    if "knn" in protocols and not settings.k:
+        raise ValueError("--k: give numbers of neighbours")
     if "knn" in protocols and not 1 <= min(settings.k) <= max(settings.k) <= len(train):
         raise ValueError(f"--k is {settings.k}: at least 1 and at most the {len(train)} training images")
     if {"linear", "shift"} & set(protocols):
@@ -101,6 +128,10 @@ def check_learning(options: Options, sources: dict[str, ImageSource], prints: di
     if "few_shot" in protocols:
         for amount in settings.shots:
             draw_shots(train.labels, amount, torch.Generator())
+    if "finetune" in protocols:
+        for name in options.models:
+            if not name.startswith(PIXELS):
+                check_batch(resolve_recipe(name, options.finetune, settings.seed), len(train))
     if "shift" in protocols:
         check_settings(options.shift, len(test))
         open_shifted(options.shift, train.classes)

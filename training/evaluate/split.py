@@ -5,6 +5,7 @@ together (crops of one photograph, frames of a film, a patient's slides) stay on
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,11 +59,7 @@ def check_pair(train: Features, test: Features) -> None:
     known, asked = set(train.labels.tolist()), set(test.labels.tolist())
     if missing := [train.classes[label] for label in sorted(asked - known)]:
         raise ValueError(f"--train has no image of {', '.join(missing[:5])}")
-    shared = set(train.groups or ()) & set(test.groups or ())
-    if shared:
-        raise ValueError(
-            f"--train and --test share {len(shared)} groups, such as {min(shared)}: their images would leak"
-        )
+    refuse_shared_groups(train.groups or (), test.groups or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +85,40 @@ def find_duplicates(train: ImageSource, test: ImageSource) -> Duplicates:
     found = [(index, known[digest]) for index, digest in asked.items() if digest in known]
     first = (test.name(found[0][0]), train.name(found[0][1])) if found else None
     return Duplicates(images=len(found), first=first, compared=(len(asked), len(scan_data(train).digests)))
+
+
+def refuse_copies(train: ImageSource, test: ImageSource, groups: str | None = None) -> Duplicates:
+    """Refuse test images that are all learned from, or of a group that is.
+
+    Args:
+        train: What is learned from.
+        test: What is judged by.
+        groups: See `name_groups`; None: every image is a group of its own.
+
+    Returns:
+        The test images that are training images, where these are some.
+
+    Raises:
+        ValueError: If so.
+    """
+    duplicates = find_duplicates(train, test)
+    if duplicates.images == duplicates.compared[0]:
+        raise ValueError(f"all test images of {test.spec} are training images: nothing would follow from such a test")
+    if groups:
+        refuse_shared_groups(name_groups(train, groups), name_groups(test, groups))
+    return duplicates
+
+
+def refuse_shared_groups(train: Iterable[str], test: Iterable[str]) -> None:
+    """Refuse groups that are on both sides.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if shared := set(train) & set(test):
+        raise ValueError(
+            f"training and test images share {len(shared)} groups, such as {min(shared)}: their images would leak"
+        )
 
 
 def hold_back(features: Features, share: float, seed: int) -> tuple[Tensor, Tensor]:
