@@ -18,7 +18,7 @@ from training.evaluate.segmentation import SegmentationSettings
 from training.report.results import read_results
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
 
-PICO = "vit_pico_patch8_pmae"
+PICO, ROOT = "vit_pico_patch8_pmae", Path(__file__).parents[1]
 
 
 def colours(root: Path, *names: str) -> str:

@@ -12,7 +12,7 @@ from training.evaluate.few_shot import draw_shots
 from training.evaluate.fidelity import open_judges
 from training.evaluate.finetune_recipe import check_batch, resolve_recipe
 from training.evaluate.models import PIXELS, check_name, open_autoencoder
-from training.evaluate.options import DENSE, LABELLED, Options
+from training.evaluate.options import DENSE, LABELLED, LEARNING, Options
 from training.evaluate.shift import check_settings, open_shifted
 from training.evaluate.split import check_pair, hold_back, name_groups, refuse_copies
 from training.run.engine import count_processes
