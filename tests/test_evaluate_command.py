@@ -9,12 +9,14 @@ import pytest
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from training.data.images import ImageSource
 from training.evaluate.command import evaluate, main
 from training.evaluate.detection import DetectionSettings
 from training.evaluate.models import describe_model, open_model
 from training.evaluate.options import Options
 from training.evaluate.protocols import Settings
 from training.evaluate.segmentation import SegmentationSettings
+from training.evaluate.split import keep_some
 from training.report.results import read_results
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
 
@@ -257,3 +259,19 @@ def test_dense_protocols_go_from_the_command_to_the_page(tmp_path: Path) -> None
         grouped = dataclasses.replace(chosen, protocols=(protocol,), groups=r"(\d)\.png", out=tmp_path / "groups")
         with pytest.raises(ValueError, match="share 2 groups, such as 0"):
             evaluate(grouped)
+
+
+def test_some_images_are_evenly_spaced_over_every_class(tmp_path: Path) -> None:
+    sets = {name: colours(tmp_path / name, *"abcd") for name in ("train", "test")}
+    whole = ImageSource(sets["test"])
+    part = keep_some(whole, 4)
+    assert part.labels == [0, 1, 2, 3]
+    assert [part.name(index) for index in range(4)] == [whole.name(index) for index in (0, 2, 4, 6)]
+    assert part.load(1).tobytes() == whole.load(2).tobytes()
+    assert keep_some(whole, 8) is keep_some(whole, None) is whole
+    found = evaluate(options(tmp_path, **sets, protocols=("knn",), train_images=4, test_images=6))
+    assert {split: facts["images"] for split, facts in found["data"].items()} == {"train": 4, "test": 6}
+    with pytest.raises(ValueError, match="figures of other data"):
+        evaluate(options(tmp_path, **sets, protocols=("knn",)))
+    with pytest.raises(ValueError, match="--test-images is 0"):
+        options(tmp_path, test_images=0)

@@ -14,7 +14,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
-from training.data.readers import Reader, open_reader
+from training.data.readers import PartReader, Reader, open_reader
 
 VOID = -1
 """In masks: no class; neither learned nor judged."""
@@ -72,14 +72,8 @@ LAYOUTS = (
 )
 
 
-class _Part:
-    """Some files of a reader."""
-
-    def __init__(self, reader: Reader, numbers: Sequence[int]) -> None:
-        self.reader, self.numbers = reader, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+class _Part(PartReader):
+    """Some files of a reader, whose folders are no classes."""
 
     @property
     def classes(self) -> list[str]:
@@ -88,12 +82,6 @@ class _Part:
     @property
     def labels(self) -> list[int]:
         raise ValueError("segmented images have a mask each, not one label an image")
-
-    def name(self, index: int) -> str:
-        return self.reader.name(self.numbers[index])
-
-    def read(self, index: int) -> bytes:
-        return self.reader.read(self.numbers[index])
 
 
 @dataclass(frozen=True)

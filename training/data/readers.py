@@ -10,6 +10,7 @@
 | `hf:…` | a Hugging Face data set, see `training/data/hub.py` |
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -75,6 +76,41 @@ class FolderReader:
     def read(self, index: int) -> bytes:
         """The file."""
         return Path(self.paths[index]).read_bytes()
+
+
+class PartReader:
+    """Some images of another reader.
+
+    Args:
+        reader: The other one.
+        numbers: Of its images, in the order in which they are wanted.
+        prefix: Put before their names, where something is done to them: names are in the fingerprint of data.
+    """
+
+    def __init__(self, reader: Reader, numbers: Sequence[int], prefix: str = "") -> None:
+        self.reader, self.numbers, self.prefix = reader, numbers, prefix
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of all the reader's classes, by label."""
+        return self.reader.classes
+
+    @property
+    def labels(self) -> list[int]:
+        """Label of every image; ValueError where the reader has none."""
+        labels = self.reader.labels
+        return [labels[number] for number in self.numbers]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        """What the reader calls it, behind the prefix."""
+        return self.prefix + self.reader.name(self.numbers[index])
+
+    def read(self, index: int) -> bytes:
+        """The image's file."""
+        return self.reader.read(self.numbers[index])
 
 
 def open_reader(

@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as V
 
 from training.data.images import ImageSource, decode
-from training.data.readers import Reader
+from training.data.readers import PartReader
 from training.grids import labelled_rows
 from training.run.seeding import generator
 
@@ -254,31 +254,6 @@ CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
 """By name."""
 
 
-class _Part:
-    """Some images of a reader, under names that say what becomes of them."""
-
-    def __init__(self, reader: Reader, numbers: Sequence[int], prefix: str) -> None:
-        self.reader, self.numbers, self.prefix = reader, numbers, prefix
-
-    @property
-    def classes(self) -> list[str]:
-        return self.reader.classes
-
-    @property
-    def labels(self) -> list[int]:
-        labels = self.reader.labels
-        return [labels[number] for number in self.numbers]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def name(self, index: int) -> str:
-        return self.prefix + self.reader.name(self.numbers[index])
-
-    def read(self, index: int) -> bytes:
-        return self.reader.read(self.numbers[index])
-
-
 class CorruptedSource(ImageSource):
     """Some images of a source, damaged when they are loaded; `reader` has their files as they are.
 
@@ -295,7 +270,7 @@ class CorruptedSource(ImageSource):
         self.source, self.numbers = source, numbers
         self.corruption, self.severity, self.seed = corruption, severity, seed
         # names are in the fingerprint of data: no cache takes damaged images for others
-        self.reader = _Part(source.reader, numbers, f"{corruption}/{severity}/seed {seed}/")
+        self.reader = PartReader(source.reader, numbers, f"{corruption}/{severity}/seed {seed}/")
 
     def load(self, index: int) -> Image.Image:
         """Decode and damage an image.

@@ -16,6 +16,7 @@ from training.data.images import ImageSource
 from training.data.readers import FolderReader
 from training.evaluate.features import fingerprint_data, load_views
 from training.evaluate.knn import knn_predict
+from training.evaluate.split import spread
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -65,19 +66,6 @@ def _overlap(a: ImageSource, b: ImageSource) -> bool:
             return True
     # reading both is worth it only where it can be true
     return len(a) == len(b) and fingerprint_data(a) == fingerprint_data(b)
-
-
-def spread(labels: Tensor, limit: int) -> Tensor:
-    """Numbers of at most `limit` images, ascending: evenly spaced in the order of their classes.
-
-    Args:
-        labels: (N,) int64.
-        limit: At least 1.
-    """
-    if len(labels) <= limit:
-        return torch.arange(len(labels))
-    places = torch.arange(limit) * len(labels) // limit
-    return labels.argsort(stable=True)[places].sort().values
 
 
 class _Kept:

@@ -47,6 +47,10 @@ class Options:
     """Image column of hf: data sets, where they have several."""
     label_column: str | None = None
     """Column of classes of hf: data sets, where they have several."""
+    train_images: int | None = None
+    """Learn from at most so many of the training images, evenly spaced over each class. None: all."""
+    test_images: int | None = None
+    """The same of the test images."""
     protocols: tuple[Protocol, ...] = ("knn", "linear", "few_shot")
     """What to run; reconstruction needs a decoder, segmentation and detection --segmentation.data, --detection.data."""
     out: Path = Path("evaluation")
@@ -75,9 +79,10 @@ class Options:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {least}")
+        for name, least in (("batch_size", 1), ("workers", 0), ("train_images", 1), ("test_images", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
 
     @property
     def place(self) -> Place:

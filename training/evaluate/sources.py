@@ -14,7 +14,7 @@ from training.evaluate.finetune_recipe import check_batch, resolve_recipe
 from training.evaluate.models import PIXELS, check_name, open_autoencoder
 from training.evaluate.options import DENSE, LABELLED, LEARNING, Options
 from training.evaluate.shift import check_settings, open_shifted
-from training.evaluate.split import check_pair, hold_back, name_groups, refuse_copies
+from training.evaluate.split import check_pair, hold_back, keep_some, name_groups, refuse_copies
 from training.run.engine import count_processes
 
 
@@ -55,9 +55,10 @@ def open_sources(options: Options) -> dict[str, ImageSource]:
         if place is None:
             raise ValueError(f"give --data DIR with train and val in it, or --train and --test (missing: {split})")
         flag = "--data" if options.data else f"--{split}"
-        sources[split] = ImageSource(
+        source = ImageSource(
             place, split=splits[split], column=options.column, label_column=options.label_column, flag=flag
         )
+        sources[split] = keep_some(source, getattr(options, f"{split}_images"))
     return sources
 
 
