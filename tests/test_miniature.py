@@ -8,13 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
+from training import pretrain
 from training.data.images import ImageSource
 from training.evaluate.intervals import student_interval
 from training.evaluate.models import open_model
-from training.miniature.cells import SUPERVISED, Place, describe_machine, pretraining, split_train
+from training.evaluate.options import Options
+from training.miniature.cells import (
+    SUPERVISED,
+    Place,
+    describe_machine,
+    evaluation,
+    learning_labels,
+    pretraining,
+    split_train,
+)
 from training.miniature.choice import choose, fit_epochs, plan
 from training.miniature.report import describe_study
 from training.miniature.run import list_cells, main, next_cell, read_cells, write_report
@@ -236,6 +247,27 @@ def test_tuning_images_are_a_tenth_of_every_class_and_are_not_learned_from(image
     command = pretraining(tune, place)
     assert command[command.index("--data") + 1] == str(tmp_path / "tuning-train.tar")
     assert "--knn-data" not in command
+
+
+def test_every_command_is_one_that_the_programs_understand(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(data=images, fashion=images, work=tmp_path, processes=2)
+    cells = [cell for _, cell in plan(complete()) if cell]
+    judged = {cell.part: cell for cell in cells}
+    assert judged.keys() == EVALUATIONS.keys()
+    commands = [learning_labels(place)]
+    commands += [evaluation(name, cell, place) for part, cell in judged.items() for name in EVALUATIONS[part]]
+    for command in commands:
+        script = next(index for index, part in enumerate(command) if part.endswith("evaluate.py"))
+        tyro.cli(Options, args=command[script + 1 :])  # exits at a flag that does not exist
+    flags = {cell.flags: cell for cell in cells if cell.method}
+    assert len(flags) == len(WEIGHTS) + 2
+    for cell in flags.values():
+        command = pretraining(cell, place)
+        script = next(index for index, part in enumerate(command) if part.endswith("pretrain.py"))
+        pretrain.main([*command[script + 1 :], "--dry-run", "--devices", "2"])
+        assert f"seed                 {cell.seed}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

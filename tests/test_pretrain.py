@@ -23,7 +23,8 @@ from training import compare, pretrain
 from training.data.images import ImageSource
 from training.evaluate.features import extract
 from training.evaluate.knn import knn_predict
-from training.evaluate.monitor import KnnMonitor, spread
+from training.evaluate.monitor import KnnMonitor
+from training.evaluate.split import spread
 from training.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from training.cost import count_gflop
 from training.data.images import ImageSource
 from training.evaluate.features import Features
 from training.evaluate.split import hold_back
-from training.miniature.study import EVALUATIONS, MODEL, SHOTS, SUPERVISED_EPOCHS, TUNING_SHARE, Cell
+from training.miniature.study import EVALUATIONS, MODEL, SHOTS, SUPERVISED_FLAGS, TRANSFER_FLAGS, TUNING_SHARE, Cell
 from training.weights import read_recipe
 
 TRAINING = Path(__file__).parents[1]
@@ -84,20 +84,16 @@ def split_train(place: Place) -> tuple[Path, Path]:
     return fit, held
 
 
+def learning(script: str, place: Place) -> list[str]:
+    """The beginning of a command that learns, on as many processes as the place has for it."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(place.processes)] if place.processes > 1 else []
+    return [sys.executable, *launcher, str(TRAINING / script)]
+
+
 def pretraining(cell: Cell, place: Place) -> list[str]:
     """The command that trains a cell's autoencoder."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(place.processes)] if place.processes > 1 else []
     data = split_train(place)[0] if cell.part == "tune" else place.train
-    command = [
-        sys.executable,
-        *launcher,
-        str(TRAINING / "pretrain.py"),
-        cell.method,
-        "--data",
-        str(data),
-        "--model",
-        MODEL,
-    ]
+    command = [*learning("pretrain.py", place), cell.method, "--data", str(data), "--model", MODEL]
     command += ["--out", cell.name, "--epochs", f"{cell.epochs:g}", "--seed", str(cell.seed)]
     if cell.part != "tune":
         command += ["--knn-data", str(place.test), "--knn-every", "5"]
@@ -107,9 +103,8 @@ def pretraining(cell: Cell, place: Place) -> list[str]:
 
 def learning_labels(place: Place) -> list[str]:
     """The command of the supervised floor."""
-    command = [sys.executable, str(TRAINING / "evaluate.py"), f"{MODEL}@random", "--protocols", "finetune"]
-    command += ["--train", str(place.train), "--test", str(place.test), "--finetune.epochs", f"{SUPERVISED_EPOCHS:g}"]
-    return [*command, "--out", "supervised"]
+    command = [*learning("evaluate.py", place), f"{MODEL}@random", "--protocols", "finetune", "--compile"]
+    return [*command, "--train", str(place.train), "--test", str(place.test), *SUPERVISED_FLAGS, "--out", "supervised"]
 
 
 def model_name(cell: Cell) -> str:
@@ -126,23 +121,36 @@ def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
         cell: Whose.
         place: Where.
     """
-    pairs = {
-        "imagenette": (place.train, place.test),
-        "cifar10": (place.data / "cifar10-train.tar.gz", place.data / "cifar10-test.tar.gz"),
-        "fashion-mnist": tuple(place.fashion / f"{split}-images-idx3-ubyte.gz" for split in ("train", "t10k")),
-    }
-    command = [sys.executable, str(TRAINING / "evaluate.py"), model_name(cell)]
-    command += ["--out", f"{cell.name}/evaluation/{images}"]
+    own = [model_name(cell), "--out", f"{cell.name}/evaluation/{images}"]
+    pair = ["--train", str(place.train), "--test", str(place.test)]
+    alone = [sys.executable, str(TRAINING / "evaluate.py"), *own]
+    frozen = ["--shots", *SHOTS, "--protocols", "knn", "linear", "few_shot"]
+    if images == "tuning":
+        fit, held = split_train(place)
+        return [*alone, "--train", str(fit), "--test", str(held), "--protocols", "linear"]
+    if images == "finetune":
+        learner = learning("evaluate.py", place)
+        return [*learner, *own, *pair, "--protocols", "finetune", "--compile", "--finetune.epochs", "10"]
     if images == "dense":
-        return [*command, "--protocols", "segmentation", "detection", *dense_flags(place)]
-    train, test = split_train(place) if images == "tuning" else pairs[images]
-    command += ["--train", str(train), "--test", str(test), "--shots", *SHOTS]
-    command += ["--protocols", *(("linear",) if images == "tuning" else ("knn", "linear", "few_shot"))]
-    if images == "imagenette" and cell.method:
-        networks = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
-        command += ["reconstruction", "--reconstruction.networks", *networks]
-        command += ["finetune"] if cell.part == "long" else []
-    return command
+        return [*alone, "--protocols", "segmentation", "detection", *dense_flags(place)]
+    if images != "imagenette":
+        train, test = transfer_sets(place)[images]
+        return [*alone, "--train", str(train), "--test", str(test), *TRANSFER_FLAGS, *frozen]
+    if not cell.method:
+        return [*alone, *pair, *frozen]
+    networks = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
+    return [*alone, *pair, *frozen, "reconstruction", "--reconstruction.networks", *networks]
+
+
+def transfer_sets(place: Place) -> dict[str, tuple[Path, Path]]:
+    """Images to learn from and to be judged by, of other sets than Imagenette."""
+    return {
+        "cifar10": (place.data / "cifar10-train.tar.gz", place.data / "cifar10-test.tar.gz"),
+        "fashion-mnist": (
+            place.fashion / "train-images-idx3-ubyte.gz",
+            place.fashion / "t10k-images-idx3-ubyte.gz",
+        ),
+    }
 
 
 def dense_flags(place: Place) -> list[str]:

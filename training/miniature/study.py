@@ -12,7 +12,13 @@ TUNING_SHARE = 0.1
 """Of Imagenette's training images, each class in proportion: what is chosen is chosen on these."""
 SHOTS = ("1", "5", "10")
 """Labelled images a class, for few-shot."""
-SUPERVISED_EPOCHS = 30
+SUPERVISED_FLAGS = (
+    *("--finetune.epochs", "30", "--finetune.batch-size", "64", "--finetune.mixup", "0", "--finetune.cutmix", "0"),
+    *("--finetune.augment", "", "--finetune.random-erase", "0"),
+)
+"""Of the floor that learns labels: crops and flips; with MAE's mixing it learns several times slower at this size."""
+TRANSFER_FLAGS = ("--train-images", "10000", "--test-images", "5000")
+"""Of CIFAR-10 and Fashion-MNIST: what two cores can afford, evenly spaced over the classes."""
 CLOCK = "mae"
 """Whose time all methods get where they are compared at equal time."""
 
@@ -111,6 +117,6 @@ EVALUATIONS: dict[Part, tuple[str, ...]] = {
     "tune": ("tuning",),
     "epochs": ("imagenette",),
     "clock": ("imagenette",),
-    "long": ("tuning", "imagenette", "cifar10", "fashion-mnist", "dense"),
+    "long": ("tuning", "imagenette", "finetune", "cifar10", "fashion-mnist", "dense"),
 }
 """Of a cell by its part, see `cells.py`."""
