@@ -249,9 +249,7 @@ def test_tuning_images_are_a_tenth_of_every_class_and_are_not_learned_from(image
     assert "--knn-data" not in command
 
 
-def test_every_command_is_one_that_the_programs_understand(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_is_one_that_the_programs_understand(images: Path, tmp_path: Path) -> None:
     place = Place(data=images, fashion=images, work=tmp_path, processes=2)
     cells = [cell for _, cell in plan(complete()) if cell]
     judged = {cell.part: cell for cell in cells}
@@ -266,8 +264,7 @@ def test_every_command_is_one_that_the_programs_understand(
     for cell in flags.values():
         command = pretraining(cell, place)
         script = next(index for index, part in enumerate(command) if part.endswith("pretrain.py"))
-        pretrain.main([*command[script + 1 :], "--dry-run", "--devices", "2"])
-        assert f"seed                 {cell.seed}" in capsys.readouterr().out
+        assert pretrain.parse(command[script + 1 :]).recipe.seed == cell.seed
 
 
 @pytest.mark.slow

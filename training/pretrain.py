@@ -299,8 +299,8 @@ def dry_run(config: Config) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line (by default this process's) and run it."""
+def parse(argv: Sequence[str] | None) -> Config:
+    """The command that a command line (by default this process's) asks for; ends the process where it asks for none."""
     # a method's defaults depend on the model, so the model is looked up before the real parser is built
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default=Recipe.model)
@@ -312,8 +312,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for name, recipe in METHODS.items()
     }
+    return tyro.extras.overridable_config_cli(configs, args=argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run it."""
     try:
-        config = tyro.extras.overridable_config_cli(configs, args=argv)
+        config = parse(argv)
         if config.output.dry_run:
             print(dry_run(config))
         else:
