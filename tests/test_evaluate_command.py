@@ -9,14 +9,13 @@ import pytest
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from training.data.images import ImageSource
+from training.data.images import ImageSource, keep_some
 from training.evaluate.command import evaluate, main
 from training.evaluate.detection import DetectionSettings
 from training.evaluate.models import describe_model, open_model
 from training.evaluate.options import Options
 from training.evaluate.protocols import Settings
 from training.evaluate.segmentation import SegmentationSettings
-from training.evaluate.split import keep_some
 from training.report.results import read_results
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
 

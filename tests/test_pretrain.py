@@ -20,11 +20,10 @@ from safetensors.torch import load_file
 
 from perceptual_mae_models.features import FeatureExtractor
 from training import compare, pretrain
-from training.data.images import ImageSource
+from training.data.images import ImageSource, spread
 from training.evaluate.features import extract
 from training.evaluate.knn import knn_predict
 from training.evaluate.monitor import KnnMonitor
-from training.evaluate.split import spread
 from training.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[1]

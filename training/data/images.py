@@ -1,5 +1,6 @@
 """Images of a source as batches of uint8 tensors."""
 
+import copy
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from perceptual_mae_models.images import ImageError, open_image
-from training.data.readers import open_reader
+from training.data.readers import PartReader, open_reader
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.seeding import derive_seed
 from training.run.signals import ignore_in_workers
@@ -84,6 +85,32 @@ class ImageSource:
         if self.decoded is not None:
             self.decoded[index] = image
         return image
+
+
+def spread(labels: Tensor, limit: int) -> Tensor:
+    """Numbers of at most `limit` images, ascending: evenly spaced in the order of their classes.
+
+    Args:
+        labels: (N,) int64.
+        limit: At least 1.
+    """
+    if len(labels) <= limit:
+        return torch.arange(len(labels))
+    places = torch.arange(limit) * len(labels) // limit
+    return labels.argsort(stable=True)[places].sort().values
+
+
+def keep_some(source: ImageSource, limit: int | None) -> ImageSource:
+    """At most so many of a source's images: evenly spaced in the order of their classes, where they have any."""
+    if limit is None or limit >= len(source):
+        return source
+    try:
+        labels = torch.tensor(source.labels)
+    except ValueError:
+        labels = torch.zeros(len(source))
+    part = copy.copy(source)
+    part.reader = PartReader(source.reader, spread(labels, limit).tolist())
+    return part
 
 
 def decode(data: bytes, name: str) -> Image.Image:

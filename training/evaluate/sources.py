@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.data.images import ImageSource
+from training.data.images import ImageSource, keep_some
 from training.evaluate.dense import DenseSettings
 from training.evaluate.features import Features
 from training.evaluate.few_shot import draw_shots
@@ -14,7 +14,7 @@ from training.evaluate.finetune_recipe import check_batch, resolve_recipe
 from training.evaluate.models import PIXELS, check_name, open_autoencoder
 from training.evaluate.options import DENSE, LABELLED, LEARNING, Options
 from training.evaluate.shift import check_settings, open_shifted
-from training.evaluate.split import check_pair, hold_back, keep_some, name_groups, refuse_copies
+from training.evaluate.split import check_pair, hold_back, name_groups, refuse_copies
 from training.run.engine import count_processes
 
 

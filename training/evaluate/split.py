@@ -4,7 +4,6 @@ Hyper-parameters are chosen on the held-back part; nothing that is chosen ever s
 together (crops of one photograph, frames of a film, a patient's slides) stay on one side of every cut.
 """
 
-import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
 from torch import Tensor
 
 from training.data.images import ImageSource
-from training.data.readers import PartReader
 from training.evaluate.features import Features, scan_data
 
 
@@ -43,32 +41,6 @@ def name_groups(source: ImageSource, pattern: str) -> tuple[str, ...]:
             raise ValueError(f"--groups {pattern} does not match the image {source.name(index)}")
         groups.append(match[1])
     return tuple(groups)
-
-
-def spread(labels: Tensor, limit: int) -> Tensor:
-    """Numbers of at most `limit` images, ascending: evenly spaced in the order of their classes.
-
-    Args:
-        labels: (N,) int64.
-        limit: At least 1.
-    """
-    if len(labels) <= limit:
-        return torch.arange(len(labels))
-    places = torch.arange(limit) * len(labels) // limit
-    return labels.argsort(stable=True)[places].sort().values
-
-
-def keep_some(source: ImageSource, limit: int | None) -> ImageSource:
-    """At most so many of a source's images: evenly spaced in the order of their classes, where they have any."""
-    if limit is None or limit >= len(source):
-        return source
-    try:
-        labels = torch.tensor(source.labels)
-    except ValueError:
-        labels = torch.zeros(len(source))
-    part = copy.copy(source)
-    part.reader = PartReader(source.reader, spread(labels, limit).tolist())
-    return part
 
 
 def check_pair(train: Features, test: Features) -> None:
