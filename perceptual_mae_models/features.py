@@ -133,6 +133,8 @@ class FeatureExtractor:
         built_for = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
         if built_for is not None:
             data_config["input_size"] = (3, *built_for)
+        elif not isinstance(model, nn.Module):  # a convolutional network of our own making: faster so, the same values
+            self.model.to(memory_format=torch.channels_last)
         self.input_size: tuple[int, int] = tuple(data_config["input_size"][1:])
         self.transform: Transform = create_transform(**data_config)
         weights = _origin(model, checkpoint, pretrained)
