@@ -17,6 +17,7 @@ from PIL import Image
 
 from training.evaluate.intervals import Interval
 from training.report.command import main
+from training.report.markdown import markdown_report
 from training.report.page import write_report
 from training.report.plots import draw_swatch
 from training.report.results import read_results
@@ -495,6 +496,13 @@ def test_the_main_figures_of_several_data_sets_are_one_markdown_table(tmp_path: 
     assert rows[1][3:] == [""] * (len(head) - 3)
     with pytest.raises(SystemExit, match="--features chooses rows of a table"):
         main(tuple(files), tmp_path / "report.html", "avg")
+
+
+def test_the_front_page_shows_the_committed_results() -> None:
+    files = sorted((ROOT / "docs" / "evaluation").glob("*/results.json"))
+    assert [file.parent.name for file in files] == ["cifar10", "fashion-mnist", "imagenette"]
+    table = markdown_report([(file, read_results(file)) for file in files], "cls+avg")
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
