@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from perceptual_mae_models.features import FeatureExtractor
-from training.grids import reconstruct
-from training.losses.pixel import normalise_patches, patch_error
-from training.networks.autoencoder import (
+from perceptual_mae_models.autoencoder import (
     MaskedAutoencoder,
     build_autoencoder,
     image_pyramid,
@@ -18,6 +15,9 @@ from training.networks.autoencoder import (
     random_masking,
     unpatchify,
 )
+from perceptual_mae_models.features import FeatureExtractor
+from training.grids import reconstruct
+from training.losses.pixel import normalise_patches, patch_error
 from training.recipes import Recipe
 from training.step import reconstruction_loss
 

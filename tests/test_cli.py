@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from perceptual_mae_models import cli
+from perceptual_mae_models.commands import images, models
 from perceptual_mae_models.features import DEFAULT_MODEL, POOLS, PRECISIONS, FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
 from perceptual_mae_models.images import find_images
@@ -209,9 +210,9 @@ def test_info(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tmp_path / "pico.safetensors"
     weights.touch()
     weights.with_suffix(".json").write_text('{"epochs": 123}')
-    described = cli._describe(DEFAULT_MODEL)
+    described = models.describe_model(DEFAULT_MODEL)
     described["cfg"]["file"] = str(weights)
-    monkeypatch.setattr(cli, "_describe", lambda _: described)
+    monkeypatch.setattr(models, "describe_model", lambda _: described)
     out = run("info", DEFAULT_MODEL)[1]
     assert "in the package" in out
     assert '"epochs": 123' in out
@@ -280,13 +281,13 @@ class Terminal:
 
 
 def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    quiet = cli.Progress(10)
+    quiet = images.Progress(10)
     quiet.advance(4)
     quiet.clear()
     assert capsys.readouterr().err == ""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = cli.Progress(10)
+    progress = images.Progress(10)
     progress.advance(4)
     progress.note("skipped a.jpg")
     progress.advance(6)

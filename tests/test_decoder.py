@@ -9,8 +9,8 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder, init_mae_weights
-from training.networks.decoder import Decoder, MultiScaleDecoder, fill_in, pyramid_factors, skip_indices
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, build_autoencoder, init_mae_weights
+from perceptual_mae_models.decoder import Decoder, MultiScaleDecoder, fill_in, pyramid_factors, skip_indices
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
 IDS_RESTORE = torch.tensor([[2, 0, 1, 3], [1, 3, 0, 2]])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.networks.autoencoder import image_pyramid
+from perceptual_mae_models.autoencoder import image_pyramid
 from training.networks.discriminator import (
     EqualisedConv2d,
     Judgement,

@@ -144,7 +144,7 @@ def test_feature_and_style_are_zero_for_a_perfect_reconstruction(monkeypatch: py
 
 
 def pyramid_of(team: Team, images: Tensor) -> tuple[Tensor, ...]:
-    from training.networks.autoencoder import image_pyramid
+    from perceptual_mae_models.autoencoder import image_pyramid
 
     return tuple(image.clone().requires_grad_() for image in image_pyramid(images, team.network.num_scales))
 

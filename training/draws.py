@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perceptual_mae_models.autoencoder import MaskedAutoencoder
 from training.ada import AdaNoise, draw_ada_noise
-from training.networks.autoencoder import MaskedAutoencoder
 from training.recipes import AdversarialRecipe, Recipe
 from training.run.seeding import generator
 

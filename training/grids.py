@@ -11,8 +11,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, Reconstruction
 from training.losses.pixel import normalise_patches
-from training.networks.autoencoder import MaskedAutoencoder, Reconstruction
 from training.recipes import Recipe
 from training.run.seeding import generator
 

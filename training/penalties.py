@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, random_masking
 from training.draws import Draws
 from training.losses.regularizers import gradient_penalty, path_length_penalty, path_lengths, r1_penalty
-from training.networks.autoencoder import MaskedAutoencoder, random_masking
 from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import AdversarialRecipe
 from training.team import Adversary, Pyramid, autocast

@@ -12,12 +12,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, init_mae_weights
 from perceptual_mae_models.features import check_model_name
 from training.ada import AdaController, augment
 from training.draws import Draws
 from training.losses.adversarial import ADVERSARIAL_LOSSES
 from training.losses.regularizers import lazy_optimizer_settings
-from training.networks.autoencoder import MaskedAutoencoder, init_mae_weights
 from training.networks.discriminator import MultiScaleDiscriminator, SingleScaleDiscriminator
 from training.phi import SnapshotPhi, TimmPhi, create_phi
 from training.recipes import AdversarialRecipe, Recipe

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import perceptual_mae_models  # registers the encoders in timm
-from training.networks.autoencoder import MaskedAutoencoder, build_autoencoder
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, build_autoencoder
 from training.recipes import Recipe, recipe_from_json
 from training.run.checkpoint import write_atomically
 

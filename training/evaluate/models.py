@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from perceptual_mae_models.autoencoder import MaskedAutoencoder
 from perceptual_mae_models.features import FeatureExtractor, Precision, check_model_name
 from training.evaluate.features import fingerprint_model
-from training.networks.autoencoder import MaskedAutoencoder
 from training.recipes import Recipe
 from training.weights import open_embedded, open_run
 

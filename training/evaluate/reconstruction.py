@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, random_masking, unpatchify
 from training.data.images import ImageSource
 from training.evaluate.features import load_views
 from training.grids import labelled_rows, middle, reconstruct
 from training.losses.structural import WINDOW, ms_ssim_each, ssim_map
-from training.networks.autoencoder import MaskedAutoencoder, random_masking, unpatchify
 from training.recipes import Recipe
 from training.run.seeding import generator
 

@@ -22,7 +22,16 @@ from training.cost import count_gflop
 from training.data.images import ImageSource
 from training.evaluate.features import Features
 from training.evaluate.split import hold_back
-from training.miniature.study import EVALUATIONS, MODEL, SHOTS, SUPERVISED_FLAGS, TRANSFER_FLAGS, TUNING_SHARE, Cell
+from training.miniature.study import (
+    EVALUATIONS,
+    JUDGED_IMAGES,
+    MODEL,
+    SHOTS,
+    SUPERVISED_STAGES,
+    TRANSFER_FLAGS,
+    TUNING_SHARE,
+    Cell,
+)
 from training.weights import read_recipe
 
 TRAINING = Path(__file__).parents[1]
@@ -101,10 +110,11 @@ def pretraining(cell: Cell, place: Place) -> list[str]:
     return [*command, *cell.flags, *runtime, *place.shorten]
 
 
-def learning_labels(place: Place) -> list[str]:
-    """The command of the supervised floor."""
-    command = [*learning("evaluate.py", place), f"{MODEL}@random", "--protocols", "finetune", "--compile"]
-    return [*command, "--train", str(place.train), "--test", str(place.test), *SUPERVISED_FLAGS, "--out", "supervised"]
+def learning_labels(stage: int, start: str, place: Place) -> list[str]:
+    """The command of a stage of the supervised floor; `start` is what it begins with: random, or a file."""
+    command = [*learning("evaluate.py", place), f"{MODEL}@{start}", "--protocols", "finetune", "--compile"]
+    command += ["--train", str(place.train), "--test", str(place.test), *SUPERVISED_STAGES[stage]]
+    return [*command, "--out", f"supervised-{stage}"]
 
 
 def model_name(cell: Cell) -> str:
@@ -139,7 +149,8 @@ def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
     if not cell.method:
         return [*alone, *pair, *frozen]
     networks = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
-    return [*alone, *pair, *frozen, "reconstruction", "--reconstruction.networks", *networks]
+    judged = ["--reconstruction.images", JUDGED_IMAGES, "--reconstruction.networks", *networks]
+    return [*alone, *pair, *frozen, "reconstruction", *judged]
 
 
 def transfer_sets(place: Place) -> dict[str, tuple[Path, Path]]:
@@ -186,9 +197,12 @@ def prepare_networks(place: Place) -> None:
     if not (place.work / LITE0).exists():
         run([sys.executable, str(TRAINING / "evaluate" / "lite0.py"), LITE0], place.work)
     if not (place.work / SUPERVISED).exists():
-        run(learning_labels(place), place.work)
-        (encoder,) = (place.work / "supervised" / "runs").glob("finetune-*/encoder.safetensors")
-        shutil.copyfile(encoder, place.work / SUPERVISED)
+        start = "random"
+        for stage in range(len(SUPERVISED_STAGES)):
+            run(learning_labels(stage, start, place), place.work)
+            (encoder,) = (place.work / f"supervised-{stage}" / "runs").glob("finetune-*/encoder.safetensors")
+            start = str(encoder.relative_to(place.work))
+        shutil.copyfile(place.work / start, place.work / SUPERVISED)
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:

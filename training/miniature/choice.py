@@ -9,6 +9,7 @@ Results = dict[str, dict[str, Any]]
 """Results by their cells' names."""
 FEATURES = "cls+avg"
 """The representation of every figure."""
+ARM_NAMED = {arm.name: arm for arm in ARMS}
 
 
 def list_figures(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -37,7 +38,7 @@ def choose(arm: Arm, found: Results) -> int | None:
     """The trial that is best on the tuning images, the first of equals; None until all have run."""
     if len(arm.trials) == 1:
         return 0
-    accuracies = tried(arm, found)
+    accuracies = tried(ARM_NAMED[arm.tried_with] if arm.tried_with else arm, found)
     return None if accuracies is None else accuracies.index(max(accuracies))
 
 
@@ -72,7 +73,7 @@ def takes_part(arm: Arm, part: Part, number: int) -> bool:
     if arm.control and not TABLES[part].controls:
         return False
     if part == "tune":
-        return len(arm.trials) > 1 and number < len(arm.trials)
+        return len(arm.trials) > 1 and not arm.tried_with and number < len(arm.trials)
     return part != "clock" or arm.name != CLOCK
 
 

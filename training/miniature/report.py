@@ -113,7 +113,7 @@ def describe_tuning(found: Results) -> Iterator[str]:
     yield f"## {TABLES['tune'].title}\n"
     yield (
         f"{TABLES['tune'].epochs:g} epochs on nine tenths of the training images; linear probe on the last tenth, %. "
-        "The best of a row is taken, the first of equals.\n"
+        "The best is taken, the first of equals, by every adversarial method.\n"
     )
     lines = ["| method | flags beside the method's own | accuracy | taken |", "| --- | --- | --- | --- |"]
     for arm in ARMS:

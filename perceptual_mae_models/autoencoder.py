@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, linear
 
-from training.networks.decoder import Decoder, MultiScaleDecoder, run_block
+from perceptual_mae_models.decoder import Decoder, MultiScaleDecoder, run_block
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -1,0 +1,124 @@
+"""`pmae embed` and `pmae similar`: features of the images on a disk."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
+
+
+def embed(arguments: argparse.Namespace) -> int:
+    """`pmae embed`: features of many images into one file."""
+    from perceptual_mae_models.images import find_images
+    from perceptual_mae_models.writers import FeatureWriter, check_output
+
+    check_output(arguments.output)
+    files = find_images(arguments.paths)
+    extractor = _extractor(arguments)
+    start = time.perf_counter()
+    with FeatureWriter(arguments.output, extractor.metadata) as writer:
+        for batch in _stream(extractor, files, arguments):
+            writer.write(batch.names, batch.features)
+        if not writer.rows:
+            raise ValueError(f"none of the {len(files)} images could be read; nothing was written")
+    seconds = time.perf_counter() - start
+    shape = " x ".join(map(str, (writer.rows, *extractor.feature_shape)))
+    print(f"{arguments.output}: {shape} features in {seconds:.1f} s ({writer.rows / seconds:.0f} images/s)")
+    if writer.rows < len(files):
+        print(f"{len(files) - writer.rows} of {len(files)} images were broken and are left out", file=sys.stderr)
+    return 0
+
+
+def similar(arguments: argparse.Namespace) -> int:
+    """`pmae similar`: a picture of the nearest neighbours of some images in a folder."""
+    from perceptual_mae_models.features import FeatureBatch
+    from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
+    from perceptual_mae_models.images import find_images, open_image
+    from perceptual_mae_models.writers import check_output
+
+    check_output(arguments.output, (".png", ".jpg", ".webp"))
+    queries = find_images(arguments.queries)
+    files = find_images([arguments.folder])
+    extractor = _extractor(arguments)
+    query_features = extractor(queries, arguments.batch_size, arguments.workers)
+    query_batch = FeatureBatch(tuple(map(str, queries)), query_features, ())
+    matches = nearest(query_batch, _stream(extractor, files, arguments), arguments.k)
+    if not any(matches):
+        raise ValueError(f"{arguments.folder} holds no image but the queries")
+
+    rows = []
+    for query, found in zip(queries, matches, strict=True):
+        tiles = [Tile(open_image(match.name), Path(match.name).name, match.similarity) for match in found]
+        rows.append(GalleryRow(Tile(open_image(query), query.name), tiles))
+        print(query)
+        for match in found:
+            print(f"    {match.similarity:.4f}  {match.name}")
+    facts = extractor.metadata
+    weights = facts["tag"] or facts["weights"]
+    subtitle = f"{facts['model']}, {weights}; cosine similarity of {facts['pool']} features; {len(files)} images"
+    neighbour_gallery(rows, subtitle=subtitle).save(arguments.output)
+    print(arguments.output)
+    return 0
+
+
+class Progress:
+    """A line on stderr that counts images, with their rate and the time left; silent unless stderr is a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.start = time.perf_counter()
+        self.visible = sys.stderr.isatty()
+
+    def advance(self, images: int) -> None:
+        """Counts images, and shows the line."""
+        self.done += images
+        if not self.visible:
+            return
+        rate = self.done / (time.perf_counter() - self.start)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
+        self._show(f"{self.done}/{self.total} images, {rate:.0f} images/s, {left} left")
+
+    def note(self, message: str) -> None:
+        """Prints a message that stays, above the line; also where there is no terminal."""
+        self.clear()
+        print(message, file=sys.stderr)
+
+    def clear(self) -> None:
+        """Removes the line."""
+        if self.visible:
+            self._show("")
+
+    def _show(self, line: str) -> None:
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _extractor(arguments: argparse.Namespace) -> "FeatureExtractor":
+    from perceptual_mae_models.features import FeatureExtractor
+
+    return FeatureExtractor(
+        arguments.model, arguments.pool, arguments.device, arguments.dtype, checkpoint=arguments.checkpoint
+    )
+
+
+def _stream(
+    extractor: "FeatureExtractor", files: Sequence[Path], arguments: argparse.Namespace
+) -> Iterator["FeatureBatch"]:
+    """Streams features with a progress line; names broken images, or says how to go on without them."""
+    from perceptual_mae_models.images import ImageError
+
+    progress = Progress(len(files))
+    try:
+        for batch in extractor.stream(files, arguments.batch_size, arguments.workers, arguments.skip_broken):
+            for broken in batch.broken:
+                progress.note(f"skipped {broken}")
+            progress.advance(len(batch.names) + len(batch.broken))
+            yield batch
+    except ImageError as error:
+        raise ImageError(error.name, f"{error.reason} (--skip-broken leaves such images out)") from error
+    finally:
+        progress.clear()
