@@ -129,7 +129,7 @@ class MaskedAutoencoder(nn.Module):
         self.grid_size: tuple[int, int] = encoder.patch_embed.grid_size
         self.image_size: tuple[int, int] = encoder.patch_embed.img_size
         self.num_patches: int = encoder.patch_embed.num_patches
-        cfg = timm.data.resolve_model_data_config(encoder)
+        cfg: dict[str, Any] = timm.data.resolve_model_data_config(encoder)  # type: ignore[no-untyped-call]
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
 
@@ -172,7 +172,8 @@ class MaskedAutoencoder(nn.Module):
 
     def decode(self, latent: Tensor, skips: tuple[Tensor, ...], ids_restore: Tensor) -> tuple[Tensor, ...]:
         """Predict all patches at every scale, see `Reconstruction.preds`, from what `encode` gives."""
-        return self.decoder(latent, skips, ids_restore, self.grad_checkpointing)
+        preds: tuple[Tensor, ...] = self.decoder(latent, skips, ids_restore, self.grad_checkpointing)
+        return preds
 
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Mask, encode, decode.

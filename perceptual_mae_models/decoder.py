@@ -15,7 +15,8 @@ from perceptual_mae_models.pos_embed import build_2d_sincos_pos_embed
 
 def run_block(block: nn.Module, x: Tensor, *, again: bool) -> Tensor:
     """Run a block; `again` computes it anew in the backward pass instead of keeping what is inside it."""
-    return checkpoint(block, x, use_reentrant=False) if again and torch.is_grad_enabled() else block(x)
+    y: Tensor = checkpoint(block, x, use_reentrant=False) if again and torch.is_grad_enabled() else block(x)
+    return y
 
 
 def pyramid_factors(patch_size: int) -> tuple[int, ...]:

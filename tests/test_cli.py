@@ -137,7 +137,7 @@ def test_problems_are_told_before_the_work(run, photos: Path, tmp_path: Path, mo
     def no_work(_: object) -> None:
         raise AssertionError("began to compute")
 
-    monkeypatch.setattr(cli, "_extractor", no_work)
+    monkeypatch.setattr(images, "_extractor", no_work)
     assert "there is no folder" in run("embed", photos, "-o", tmp_path / "no" / "f.npz")[2]
     assert "must end in" in run("embed", photos, "-o", tmp_path / "f.csv")[2]
     assert "must end in .png" in run("similar", photos, photos, "-o", tmp_path / "f.npz")[2]
@@ -179,7 +179,7 @@ def test_interrupt(run, photos: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_extractor", interrupt)
+    monkeypatch.setattr(images, "_extractor", interrupt)
     assert run("embed", photos, "-o", tmp_path / "f.npz")[0] == 130
 
 
