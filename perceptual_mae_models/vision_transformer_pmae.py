@@ -10,25 +10,27 @@ and a default that cannot be loaded would serve nobody.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.vision_transformer import VisionTransformer
-from torch.torch_version import TorchVersion
 
+from .hub import HUB_ORGANISATION, WEIGHTS, fetch_weights
 from .pos_embed import build_2d_sincos_pos_embed
 from .weights import NOT_PUBLISHED, checkpoint_filter_fn, explain_unreadable_weights
 
 __all__: list[str] = []  # a list because timm's `register_model` appends to it
 
-# Without a file name timm asks the Hub for two files, and a dead network costs a minute of retries; but before 1.0.29
-# timm hands a named file to `torch.load`, and looks for model.safetensors by itself only without a name.
-_TIMM_READS_SAFETENSORS_BY_NAME = TorchVersion(timm.__version__) >= "1.0.29"
-_HUB_ORGANISATION = "perceptual-mae"
 _EMBEDDED = Path(__file__).parent / "pretrained"
 
 _PERCEPTUAL_MAE_PAPER = {
@@ -57,7 +59,7 @@ _COMMON_FACTS = {
     "std": IMAGENET_DEFAULT_STD,
     "first_conv": "patch_embed.proj",
     "classifier": "head",
-    "hf_hub_filename": "model.safetensors" if _TIMM_READS_SAFETENSORS_BY_NAME else None,
+    "hf_hub_filename": WEIGHTS,
 }
 
 
@@ -68,7 +70,7 @@ def _method_cfgs(architecture: str, data: str, image_size: int) -> dict[str, dic
             **_COMMON_FACTS,
             **paper,
             "input_size": (3, image_size, image_size),
-            "hf_hub_id": f"{_HUB_ORGANISATION}/{architecture}.{method}_{data}",
+            "hf_hub_id": f"{HUB_ORGANISATION}/{architecture}.{method}_{data}",
             "license": "apache-2.0",
             "notes": (NOT_PUBLISHED,),
         }
@@ -137,7 +139,13 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
         kwargs.setdefault("fc_norm", False)
     feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
     with explain_unreadable_weights(cfg):
-        return build_model_with_cfg(
+        from_hub = pretrained and _reads_the_hub(cfg)
+        if from_hub:
+            # We fetch the file, because timm would load whatever comes.
+            kwargs.pop("pretrained_cfg_overlay", None)
+            file = str(fetch_weights(cfg, kwargs.get("cache_dir")))
+            kwargs["pretrained_cfg"] = replace(cfg, file=file, source="file")
+        model: VisionTransformer = build_model_with_cfg(
             _vision_transformer,
             variant,
             pretrained,
@@ -145,6 +153,14 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
             feature_cfg=feature_cfg,
             **kwargs,
         )
+    if from_hub:
+        model.pretrained_cfg.update(file=cfg.file, source=cfg.source)  # the place in the cache is nobody's business
+    return model
+
+
+def _reads_the_hub(cfg: PretrainedCfg) -> bool:
+    """Tell whether timm would take the weights from the Hub: what is given by hand stands before it."""
+    return bool(cfg.hf_hub_id) and not (cfg.file or cfg.state_dict or cfg.url) and cfg.source in (None, "", "hf-hub")
 
 
 @register_model

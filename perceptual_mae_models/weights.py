@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import PretrainedCfg, adapt_input_conv, get_arch_pretrained_cfgs, list_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+
+from .hub import WEIGHTS, IntegrityError, find_repository
 
 _logger = logging.getLogger(__name__)
 
@@ -106,12 +108,14 @@ def explain_unreadable_weights(cfg: PretrainedCfg) -> Iterator[None]:
 
     Raises:
         WeightsUnavailableError: If the weights cannot be reached on the Hub or on the disk.
-        CheckpointError: If the file was found but is not a checkpoint.
+        CheckpointError: If the file was found but is not a checkpoint, or not the one that its manifest describes.
     """
     try:
         yield
     except (OSError, _TRANSPORT_ERROR) as error:
         raise WeightsUnavailableError(_describe_unavailable(cfg, error)) from error
+    except IntegrityError as error:
+        raise CheckpointError(f"The weights of {_model_name(cfg)} are not the published ones: {error}") from error
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(
             f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
@@ -272,9 +276,12 @@ def _describe_unavailable(cfg: PretrainedCfg, error: Exception) -> str:
         available = _available_weights()
         available.sort(key=lambda other: not other.startswith(f"{architecture}."))
         lines.append(f"They are not published yet. Weights that can be had today: {', '.join(available)}.")
+    lines.append("Ways out:")
+    if isinstance(error, GatedRepoError):
+        lines.append("- ask for access on the repository's page, then `hf auth login` or set HF_TOKEN;")
     lines += [
-        "Ways out:",
         "- set HF_HUB_CACHE to a Hub cache that holds them, and HF_HUB_OFFLINE=1 to use it without a network;",
+        "- set PMAE_HUB_ORG to an organisation that has them, or HF_ENDPOINT to a mirror of the Hub;",
         f"- load a local file: timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file=…));",
         f"- train them: python training/pretrain.py mae --data DIR --model {architecture} --out DIR;",
         "- pass pretrained=False for an encoder that is random on purpose.",
@@ -299,7 +306,7 @@ def _location(cfg: PretrainedCfg) -> str:
     if cfg.file:
         return f"the file {cfg.file}"
     if cfg.hf_hub_id:
-        return f"the Hugging Face Hub repository {cfg.hf_hub_id}, file {cfg.hf_hub_filename or 'model.safetensors'}"
+        return f"the Hugging Face Hub repository {find_repository(cfg)}, file {cfg.hf_hub_filename or WEIGHTS}"
     return f"{cfg.url}"
 
 

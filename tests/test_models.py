@@ -13,7 +13,6 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
-from torch.torch_version import TorchVersion
 
 import perceptual_mae_models
 from perceptual_mae_models.pos_embed import build_2d_sincos_pos_embed
@@ -143,8 +142,7 @@ def test_cfg_facts(tagged):
     assert cfg.input_size == ((3, 64, 64) if tagged.startswith(PICO) else (3, 224, 224))
     assert cfg.fixed_input_size
     assert (cfg.first_conv, cfg.classifier) == ("patch_embed.proj", "head")
-    newest_timm = TorchVersion(timm.__version__) >= "1.0.29"
-    assert cfg.hf_hub_filename == ("model.safetensors" if newest_timm else None)
+    assert cfg.hf_hub_filename == "model.safetensors"
     assert cfg.paper_ids == ("arXiv:2111.06377" if "mae_i" in tagged.split(".")[1] else "arXiv:2212.14504")
     if cfg.tag == "fb_mae_in1k":
         twin = timm.get_pretrained_cfg(f"{TIMM_TWINS[cfg.architecture]}.mae")

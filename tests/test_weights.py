@@ -362,7 +362,7 @@ def test_the_filter_alone_needs_no_pretrained_cfg():
     ids=lambda error: type(error).__name__,
 )
 def test_hub_errors_are_explained(error, monkeypatch):
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", Mock(side_effect=error))
+    monkeypatch.setattr("perceptual_mae_models.hub.hf_hub_download", Mock(side_effect=error))
     with pytest.raises(WeightsUnavailableError) as caught:
         timm.create_model("vit_tiny_patch16_pmae", pretrained=True, num_classes=5)
     assert caught.value.__cause__ is error
@@ -385,7 +385,7 @@ def test_hub_errors_are_explained(error, monkeypatch):
 
 
 def test_a_published_tag_is_not_called_unpublished(monkeypatch):
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", Mock(side_effect=ConnectionError("cut")))
+    monkeypatch.setattr("perceptual_mae_models.hub.hf_hub_download", Mock(side_effect=ConnectionError("cut")))
     with pytest.raises(WeightsUnavailableError, match=r"repository timm/vit_base_patch16_224\.mae") as caught:
         timm.create_model("vit_base_patch16_pmae.fb_mae_in1k", pretrained=True)
     assert "not published" not in str(caught.value)
@@ -437,7 +437,7 @@ def test_a_process_without_network_uses_its_cache_or_explains(tmp_path):
 def test_embedded_weights_load_without_the_hub(monkeypatch):
     assert EMBEDDED.is_file(), f"the embedded weights are missing: {EMBEDDED}"
     monkeypatch.setattr(
-        "timm.models._builder.load_state_dict_from_hf", Mock(side_effect=AssertionError("asked the Hub"))
+        "perceptual_mae_models.hub.hf_hub_download", Mock(side_effect=AssertionError("asked the Hub"))
     )
     state = load_file(EMBEDDED)
     assert EMBEDDED.stat().st_size < 8_000_000

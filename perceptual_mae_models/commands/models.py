@@ -95,7 +95,7 @@ def weights_place(cfg: Mapping[str, Any]) -> str:
     if cfg.get("file"):
         return "in the package" if Path(cfg["file"]).is_file() else "missing from the package"
     if NOT_PUBLISHED in (cfg.get("notes") or ()):
-        return "not published yet"
+        return "recipe only, not published yet"
     return f"on the Hub: {cfg['hf_hub_id']}" if cfg.get("hf_hub_id") else "none"
 
 

@@ -1,0 +1,288 @@
+"""Weights from a Hub: the real client against a server on 127.0.0.1 that also misbehaves."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from hub_server import TOKEN, Hub, Repo
+from safetensors.torch import load_file, save
+
+from perceptual_mae_models import CheckpointError, WeightsUnavailableError, cli, hub
+from perceptual_mae_models.hub import Publication
+
+TAG = "vit_pico_patch8_pmae.ms_ssim_imagenette"
+NAME = f"perceptual-mae/{TAG}"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A running Hub, which the client of this process talks to, with an empty cache."""
+    running = Hub()
+    constants = huggingface_hub.constants
+    template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("PMAE_HUB_ORG", raising=False)
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return dict(timm.create_model("vit_pico_patch8_pmae").state_dict())
+
+
+def as_files(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """A repository's files: weights and their manifest."""
+    weights = save(state)
+    entry = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    manifest = json.dumps({"name": TAG, "files": {"model.safetensors": entry}}).encode()
+    return {"model.safetensors": weights, "manifest.json": manifest}
+
+
+@pytest.fixture
+def published(server: Hub, state: dict[str, torch.Tensor]) -> Repo:
+    repo = server.repos[NAME] = Repo()
+    repo.commit(as_files(state))
+    return repo
+
+
+def assert_loaded(state: dict[str, torch.Tensor]) -> None:
+    model = timm.create_model(TAG, pretrained=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def refused(kind: type[Exception], tag: str = TAG) -> str:
+    with pytest.raises(kind) as caught:
+        timm.create_model(tag, pretrained=True)
+    return str(caught.value)
+
+
+def test_weights_come_from_the_hub_and_then_from_the_cache(
+    server: Hub, published: Repo, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_loaded(state)
+    assert f"GET /{NAME}/resolve/main/model.safetensors" in server.requests
+    downloads = sum(line.startswith("GET") for line in server.requests)
+    assert_loaded(state)
+    assert sum(line.startswith("GET") for line in server.requests) == downloads
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    asked = len(server.requests)
+    assert_loaded(state)
+    assert len(server.requests) == asked
+
+
+def test_the_model_says_where_its_weights_are_from_not_where_the_cache_is(published: Repo) -> None:
+    for kwargs in ({}, {"features_only": True}, {"num_classes": 5}):
+        cfg = timm.create_model(TAG, pretrained=True, **kwargs).pretrained_cfg
+        assert cfg["hf_hub_id"] == NAME
+        assert not cfg.get("file")
+
+
+def test_a_pinned_revision_is_loaded_whatever_came_later(
+    published: Repo, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = hashlib.sha256(as_files(state)["manifest.json"]).hexdigest()
+    monkeypatch.setitem(hub.PUBLISHED, TAG, Publication(published.branches["main"], manifest))
+    published.commit(as_files({name: tensor + 1 for name, tensor in state.items()}))
+    assert_loaded(state)
+
+
+def test_a_manifest_that_is_not_the_pinned_one_is_refused(
+    published: Repo, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = published.commit(as_files({name: tensor + 1 for name, tensor in state.items()}))
+    manifest = hashlib.sha256(as_files(state)["manifest.json"]).hexdigest()
+    monkeypatch.setitem(hub.PUBLISHED, TAG, Publication(other, manifest))
+    assert "was changed" in refused(CheckpointError)
+
+
+def test_a_published_repository_must_have_its_manifest(
+    published: Repo, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = published.commits[published.branches["main"]]
+    del bare["manifest.json"]
+    monkeypatch.setitem(hub.PUBLISHED, TAG, Publication(published.branches["main"], "0" * 64))
+    assert "manifest.json" in refused(WeightsUnavailableError)
+    monkeypatch.delitem(hub.PUBLISHED, TAG)
+    assert_loaded(state)  # somebody's own upload
+
+
+def test_a_revision_can_be_asked_for(published: Repo, state: dict[str, torch.Tensor]) -> None:
+    first = published.branches["main"]
+    published.commit(as_files({name: tensor + 1 for name, tensor in state.items()}))
+    overlay = {"hf_hub_id": f"{NAME}@{first}"}
+    model = timm.create_model(TAG, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.norm.weight, state["norm.weight"])
+    overlay = {"hf_hub_id": f"{NAME}@nowhere"}
+    with pytest.raises(WeightsUnavailableError, match="nowhere"):
+        timm.create_model(TAG, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_another_organisation_can_stand_in(
+    server: Hub, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.repos[f"acme/{TAG}"] = Repo()
+    server.repos[f"acme/{TAG}"].commit(as_files(state))
+    monkeypatch.setenv("PMAE_HUB_ORG", "acme")
+    monkeypatch.setitem(hub.PUBLISHED, TAG, Publication("0" * 40, "0" * 64))  # of the other organisation
+    assert_loaded(state)
+    monkeypatch.setenv("PMAE_HUB_ORG", "nobody")
+    assert f"nobody/{TAG}" in refused(WeightsUnavailableError)
+
+
+def test_tampered_weights_are_refused(published: Repo, state: dict[str, torch.Tensor]) -> None:
+    files = published.commits[published.branches["main"]]
+    files["model.safetensors"] = save({name: tensor + 1 for name, tensor in state.items()})
+    message = refused(CheckpointError)
+    assert "model.safetensors" in message
+    assert "SHA-256" in message
+
+
+def test_a_tampered_cache_is_refused(published: Repo, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    assert_loaded(state)
+    (cached,) = (tmp_path / "cache").glob("**/snapshots/*/model.safetensors")
+    content = bytearray(cached.read_bytes())
+    content[-1] ^= 1
+    cached.resolve().write_bytes(content)
+    assert "Delete" in refused(CheckpointError)
+
+
+def test_a_truncated_file_is_refused(published: Repo) -> None:
+    published.truncated.add("model.safetensors")
+    assert "model.safetensors" in refused(WeightsUnavailableError)
+
+
+def test_a_transfer_that_breaks_off_is_taken_up_again(
+    server: Hub, published: Repo, state: dict[str, torch.Tensor]
+) -> None:
+    published.drops["model.safetensors"] = 1
+    try:
+        assert_loaded(state)
+    except WeightsUnavailableError:  # older clients leave the second try to the user
+        assert_loaded(state)
+    assert published.drops["model.safetensors"] == 0
+
+
+def test_a_missing_repository_and_a_missing_file_are_told_apart(server: Hub, published: Repo) -> None:
+    message = refused(WeightsUnavailableError, TAG.replace("ms_ssim", "ls_gan_p"))
+    assert "ls_gan_p_imagenette" in message
+    assert "not published yet" in message
+    for files in published.commits.values():
+        files.pop("model.safetensors")
+    assert "model.safetensors" in refused(WeightsUnavailableError)
+
+
+def test_a_gated_or_private_repository_names_the_login(published: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    published.gated = True
+    message = refused(WeightsUnavailableError)
+    assert "hf auth login" in message
+    published.gated, published.private = False, True
+    refused(WeightsUnavailableError)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    timm.create_model(TAG, pretrained=True)
+
+
+def test_weights_of_another_architecture_are_refused(published: Repo) -> None:
+    other = timm.create_model("vit_pico_patch8_pmae", depth=2).state_dict()
+    published.commit(as_files(dict(other)))
+    assert "missing" in refused(CheckpointError)
+
+
+def test_a_manifest_that_is_none_is_refused(published: Repo) -> None:
+    for content in (b"<html>", b"{}", b'{"files": {"model.safetensors": {"bytes": 1}}}'):
+        published.commit({"manifest.json": content})
+        assert "not a manifest" in refused(CheckpointError)
+    published.commit({"manifest.json": b'{"files": {}}'})
+    assert "no line for model.safetensors" in refused(CheckpointError)
+
+
+def test_a_hub_that_does_not_answer_is_told_or_the_cache_used(
+    server: Hub, published: Repo, state: dict[str, torch.Tensor]
+) -> None:
+    assert_loaded(state)
+    server.shutdown()
+    server.server_close()
+    assert_loaded(state)
+
+
+def test_the_environment_names_the_mirror(server: Hub, published: Repo, tmp_path: Path) -> None:
+    code = f"""
+import timm, perceptual_mae_models
+print(timm.create_model("{TAG}", pretrained=True).norm.weight.sum().item())
+"""
+    environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 192
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_download_puts_every_file_into_a_folder_that_verify_accepts(
+    published: Repo, state: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "weights"
+    status, out, err = run(capsys, "download", TAG, "--to", folder)
+    assert (status, err) == (0, "")
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"model.safetensors", "manifest.json"}
+    assert str(folder) in out
+    assert torch.equal(load_file(folder / "model.safetensors")["cls_token"], state["cls_token"])
+    assert run(capsys, "verify", folder)[:2] == (0, "model.safetensors  ok\n")
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    status, out, err = run(capsys, "verify", folder)
+    assert status == 1
+    assert "bytes instead of" in err
+
+
+def test_verify_knows_what_is_in_the_cache_and_what_is_not(published: Repo, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "verify", TAG)
+    assert status == 1
+    assert f"pmae download {TAG}" in err
+    assert run(capsys, "download", TAG)[0] == 0
+    assert run(capsys, "verify", TAG)[:2] == (0, "model.safetensors  ok\n")
+
+
+def test_embedded_weights_verify_and_need_no_download(server: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "verify", "vit_pico_patch8_pmae")
+    assert status == 0
+    assert "vit_pico_patch8_pmae.mae_imagenette.safetensors  ok" in out
+    status, out, _ = run(capsys, "download", "vit_pico_patch8_pmae")
+    assert status == 0
+    assert "in the package" in out
+    assert not server.requests
+
+
+def test_what_cannot_be_downloaded_or_verified_is_told(
+    server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "download", "vit_tiny_patch16_pmae.mae_in1k")
+    assert status == 1
+    assert "not published yet" in err
+    status, _, err = run(capsys, "verify", tmp_path)
+    assert status == 1
+    assert "manifest.json" in err
+    assert run(capsys, "download", "vit_no_such_model")[0] == 1
