@@ -167,7 +167,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401, "", "Invalid username or password.")
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.server.repos:
-            return self.refuse(409, "", "You already created this model repo")
+            taken = {"error": "You already created this model repo", "url": f"{self.server.endpoint}/{name}"}
+            return self.answer(409, taken)
         repo = self.server.repos[name] = Repo(private=asked.get("private", asked.get("visibility") == "private"))
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return self.answer(200, {"url": f"{self.server.endpoint}/{name}", "name": name})

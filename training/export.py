@@ -1,57 +1,99 @@
-"""Turn a finished run into files that others load.
+"""Turn a finished run into a repository that others load, or into the files that the package holds.
 
-    python training/export.py RUN --name vit_pico_patch8_pmae.mae_imagenette --to DIR --data-terms TEXT --hardware TEXT
+    python training/export.py RUN --name vit_pico_patch8_pmae.mae_imagenette --data-terms TEXT --hardware TEXT
+    python training/export.py vit_pico_patch8_pmae.mae_imagenette   # the same of weights that are in the package
+    python training/export.py RUN … --layout package --to perceptual_mae_models/pretrained
 
-writes `NAME.safetensors` (the encoder, native timm keys), `NAME.decoder.safetensors` and `NAME.json` (provenance:
-recipe, data and its terms, cost, versions, final metrics, results of evaluations, digests of both files).
+Files go to hub_configs/NAME/, from where `training/publish.py` uploads them; `--results imagenette/results.json …`
+records figures of `training/evaluate.py`.
 """
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from perceptual_mae_models.hub import WEIGHTS, sha256_of
+from training.hub.card import LABELS
+from training.hub.repository import DECODER, Weights, as_json, facts_of, open_embedded_weights, write_repository
 from training.run.checkpoint import write_atomically
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional],
-    name: str,
-    to: Path,
-    data_terms: str,
-    hardware: str,
+    source: Annotated[str, tyro.conf.Positional],
+    name: str | None = None,
+    to: Path = Path("hub_configs"),
+    layout: Literal["repository", "package"] = "repository",
+    data_terms: str | None = None,
+    hardware: str | None = None,
     dtype: Literal["float32", "float16"] = "float16",
     results: tuple[Path, ...] = (),
+    results_model: str | None = None,
+    features: str = "cls+avg",
 ) -> None:
-    """Export a finished run's weights with their provenance.
+    """Export weights with everything that is known of them.
 
     Args:
-        run: A run folder that holds encoder.safetensors and decoder.safetensors.
-        name: `<architecture>.<tag>` of the weights.
+        source: A run folder that holds encoder.safetensors and decoder.safetensors, or a tag whose weights are in the
+            package.
+        name: `<architecture>.<tag>` of a run's weights.
         to: Folder to write to.
-        data_terms: Terms of use of the images.
+        layout: repository: TO/NAME/ with all files of a Hub repository. package: TO/NAME.safetensors,
+            NAME.decoder.safetensors and NAME.json.
+        data_terms: Terms of use of a run's images.
         hardware: What the run was done on.
-        dtype: Precision on disk.
-        results: JSON files of evaluations to record.
+        dtype: Precision of a run's weights on disk.
+        results: `results.json` files of training/evaluate.py to record, each called as its folder.
+        results_model: The model in them; by default the only one, or the architecture's own name.
+        features: Whose figures to record.
+    """
+    try:
+        if Path(source).is_dir():
+            if not (name and data_terms and hardware):
+                raise ValueError("a run needs --name, --data-terms and --hardware")
+            facts_of(name)
+            targets = (to / name / WEIGHTS, to / name / DECODER)
+            if layout == "package":
+                targets = (to / f"{name}.safetensors", to / f"{name}.decoder.safetensors")
+            weights = export_run(Path(source), name, targets, data_terms, hardware, dtype)
+        elif embedded := open_embedded_weights(source):
+            weights = embedded
+        else:
+            raise ValueError(f"{source} is neither a run folder nor a tag whose weights are in the package")
+        if results:
+            architecture = weights.name.partition(".")[0]
+            rows = [row for file in results for row in read_results(file, results_model or architecture, features)]
+            weights.provenance["results"] = rows
+        if layout == "package":
+            written = write_package_files(weights, to)
+        else:
+            written = write_repository(weights.name, weights, to / weights.name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"export.py: {error}") from error
+    print("\n".join(f"wrote {path}" for path in written))
+
+
+def export_run(run: Path, name: str, targets: tuple[Path, Path], data_terms: str, hardware: str, dtype: str) -> Weights:
+    """Write a run's encoder and decoder to two files and describe them.
+
+    Raises:
+        FileNotFoundError: If the run has not ended.
+        ValueError: If the weights cannot be held in `dtype`.
     """
     description = json.loads((run / "recipe.json").read_text())
-    files = {}
-    for part, suffix in (("encoder", ""), ("decoder", ".decoder")):
-        source, target = run / f"{part}.safetensors", to / f"{name}{suffix}.safetensors"
+    for part, target in zip(("encoder", "decoder"), targets, strict=True):
+        source = run / f"{part}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata()
         state = {key: tensor.to(getattr(torch, dtype)) for key, tensor in load_file(source).items()}
-        broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
-        if broken:
-            raise SystemExit(f"export.py: {', '.join(broken)} of {source} cannot be held in {dtype}")
+        if broken := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{', '.join(broken)} of {source} cannot be held in {dtype}")
         write_atomically(target, state, metadata)
-        digest = hashlib.sha256(target.read_bytes()).hexdigest()
-        files[target.name] = {"sha256": digest, "bytes": target.stat().st_size, "dtype": dtype}
     progress = json.loads(metadata["progress"])
     provenance = {
         "name": name,
@@ -60,11 +102,52 @@ def main(
         "cost": {"steps": progress["step"], "seconds": round(progress["seconds"]), "hardware": hardware},
         "final_metrics": progress["metrics"],
         "versions": description["versions"],
-        "results": [json.loads(path.read_text()) for path in results],
-        "files": files,
+        "results": [],
     }
-    (to / f"{name}.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    print("\n".join(f"wrote {to / file}" for file in (*files, f"{name}.json")))
+    return Weights(name=name, encoder=targets[0], decoder=targets[1], provenance=provenance)
+
+
+def read_results(file: Path, model: str, features: str) -> list[dict[str, Any]]:
+    """The accuracies of a model in a `results.json`.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    found = json.loads(file.read_text(encoding="utf-8"))
+    names = list(found["models"])
+    chosen = names[0] if len(names) == 1 else model
+    rows = [
+        {
+            "images": f"{file.resolve().parent.name} ({found['data']['test']['images']:,} test images)",
+            **{key: row[key] for key in ("protocol", "metric", "features", "value")},
+            "setting": "" if row["protocol"] == "linear" else row["setting"],
+        }
+        for row in found["results"]
+        if row["model"] == chosen
+        and row["metric"] == "accuracy"
+        and row["features"] in ("", features)
+        and row["protocol"] in LABELS
+        and (row["protocol"], row["setting"]) not in {("knn", f"k={k}") for k in (10, 100, 200)}
+    ]
+    if not rows:
+        raise ValueError(f"{file} has no accuracies of {chosen} with {features} features; its models: {names}")
+    return rows
+
+
+def write_package_files(weights: Weights, to: Path) -> list[Path]:
+    """Write the three files that the package holds of a tag."""
+    targets = {to / f"{weights.name}.safetensors": weights.encoder}
+    targets[to / f"{weights.name}.decoder.safetensors"] = weights.decoder
+    files = {}
+    for target, source in targets.items():
+        if target != source:
+            target.write_bytes(source.read_bytes())
+        with safe_open(target, framework="pt") as opened:
+            dtype = str(opened.get_tensor(next(iter(opened.keys()))).dtype).removeprefix("torch.")
+        files[target.name] = {"sha256": sha256_of(target), "bytes": target.stat().st_size, "dtype": dtype}
+    provenance = to / f"{weights.name}.json"
+    provenance.write_text(as_json({**weights.provenance, "files": files}), encoding="utf-8")
+    return [*targets, provenance]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,284 @@
+"""From a run or the package to a repository, its card, the Hub, and back into an encoder."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import TOKEN, Hub, Repo
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_hub import server  # noqa: F401  (a fixture)
+
+import perceptual_mae_models  # noqa: F401  (registers the encoders)
+from perceptual_mae_models.hub import IntegrityError
+from training import export, hub_configs, pretrain, publish
+from training.hub.repository import (
+    TIMM_TWINS,
+    build_config,
+    describe_files,
+    facts_of,
+    open_embedded_weights,
+    registered_tags,
+    write_repository,
+)
+
+EMBEDDED = "vit_pico_patch8_pmae.mae_imagenette"
+REPOSITORY = f"perceptual-mae/{EMBEDDED}"
+EVALUATION = Path(__file__).parents[1] / "docs" / "evaluation"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    write_repository(EMBEDDED, open_embedded_weights(EMBEDDED), tmp_path / EMBEDDED)
+    return tmp_path / EMBEDDED
+
+
+@pytest.fixture
+def account(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:  # noqa: F811
+    """A Hub that knows who we are."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    return server
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_hub_configs_are_what_the_code_says() -> None:
+    assert hub_configs.find_drift(hub_configs.HERE) == [], "run `python training/hub_configs.py` and commit"
+
+
+def test_drift_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_configs, "registered_tags", lambda: [EMBEDDED, "vit_tiny_patch16_pmae.mae_in1k"])
+    hub_configs.main(tmp_path)
+    hub_configs.main(tmp_path, check=True)
+    (tmp_path / EMBEDDED / "config.json").write_text("{}")
+    (tmp_path / "vit_tiny_patch16_pmae.mae_in1k" / "README.md").unlink()
+    (tmp_path / "surplus").mkdir()
+    (tmp_path / "surplus" / "README.md").touch()
+    with pytest.raises(SystemExit) as caught:
+        hub_configs.main(tmp_path, check=True)
+    for name in (f"{EMBEDDED}/config.json", "vit_tiny_patch16_pmae.mae_in1k/README.md", "surplus/README.md"):
+        assert name in str(caught.value)
+    hub_configs.main(tmp_path)
+    assert hub_configs.find_drift(tmp_path) == []
+
+
+def test_every_tag_of_ours_has_a_description_and_no_other() -> None:
+    tags = registered_tags()
+    assert len(tags) == 5 * len(TIMM_TWINS)
+    assert not any("fb_mae" in tag for tag in tags)
+
+
+@pytest.mark.parametrize("architecture", TIMM_TWINS)
+def test_timms_own_architecture_is_ours(architecture: str) -> None:
+    (tag, *_) = (tag for tag in registered_tags() if tag.startswith(f"{architecture}."))
+    config = build_config(tag)
+    with torch.device("meta"):
+        theirs = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
+        ours = timm.create_model(architecture)
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (theirs, ours)]
+    assert shapes[0] == shapes[1]
+    assert str(theirs) == str(ours)
+    cfg = facts_of(tag)
+    for key in ("mean", "std", "crop_pct", "interpolation", "input_size"):
+        assert json.dumps(config["pretrained_cfg"][key]) == json.dumps(getattr(cfg, key))
+
+
+def test_a_repository_loads_in_timm_by_its_own_config(repository: Path) -> None:
+    theirs = timm.create_model(f"local-dir:{repository}", pretrained=True).eval()
+    ours = timm.create_model(EMBEDDED, pretrained=True).eval()
+    assert theirs.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(theirs(images), ours(images))
+    theirs_data, ours_data = (timm.data.resolve_model_data_config(model) for model in (theirs, ours))
+    assert json.dumps(theirs_data) == json.dumps(ours_data)  # lists and tuples
+
+
+def test_the_card_tells_the_figures_of_the_run_and_no_others(repository: Path) -> None:
+    card = (repository / "README.md").read_text()
+    provenance = json.loads((repository / "recipe.json").read_text())
+    results = json.loads((repository / "results.json").read_text())["results"]
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["library_name"] == "timm"
+    values = [metric["value"] for group in metadata["model-index"][0]["results"] for metric in group["metrics"]]
+    assert values == [round(100 * row["value"]["mean"], 2) for row in results]
+    for row in results:
+        assert f"{100 * row['value']['mean']:.1f} [{100 * row['value']['low']:.1f}" in card
+    assert f"{provenance['data']['images']:,} images" in card
+    assert f"{provenance['cost']['steps']:,} steps" in card
+    assert "Recipe only" not in card
+
+
+def test_figures_in_the_card_are_those_of_the_evaluation() -> None:
+    weights = open_embedded_weights(EMBEDDED)
+    assert weights is not None
+    names = ("imagenette", "cifar10", "fashion-mnist")
+    rows = [
+        row
+        for name in names
+        for row in export.read_results(EVALUATION / name / "results.json", "vit_pico_patch8_pmae", "cls+avg")
+    ]
+    assert weights.provenance["results"] == rows
+    assert len(rows) == 9
+
+
+def test_a_tag_without_weights_says_so_and_claims_nothing() -> None:
+    files = describe_files("vit_base_patch16_pmae.msg_gan_p_in1k", None)
+    assert files.keys() == {"config.json", "README.md"}
+    card = files["README.md"]
+    assert "**Recipe only.**" in card
+    assert "## Results" not in card
+    assert "model-index" not in card
+
+
+def test_snippets_of_the_card_run(repository: Path, account: Hub) -> None:
+    publish.main(repository)
+    account.repos[REPOSITORY].private = False
+    snippets = re.findall(r"```python\n(.+?)```", (repository / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        namespace: dict[str, object] = {}
+        exec(snippet, namespace)
+        if "tokens" in namespace:
+            assert namespace["features"].shape == (1, 192)  # type: ignore[attr-defined]
+            assert namespace["tokens"].shape == (1, 65, 192)  # type: ignore[attr-defined]
+
+
+# --- a run is exported -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "pico"
+    flags = ["--steps", "2", "--batch-size", "8", "--workers", "0", "--grid-every", "0", "--precision", "fp32"]
+    command = [sys.executable, pretrain.__file__, "mae", "--model", "vit_pico_patch8_pmae", "--data", str(photos)]
+    subprocess.run([*command, "--out", str(out), *flags], check=True, capture_output=True)
+    return out
+
+
+def test_a_run_becomes_a_repository(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "vit_pico_patch8_pmae.ms_ssim_imagenette"
+    with pytest.raises(SystemExit, match="--data-terms"):
+        export.main(str(run), name=name, to=tmp_path)
+    with pytest.raises(SystemExit, match="not a registered tag"):
+        export.main(str(run), name="vit_pico.mine", to=tmp_path, data_terms="ours", hardware="here")
+    export.main(str(run), name=name, to=tmp_path, data_terms="our own", hardware="two cores")
+    folder = tmp_path / name
+    publish.check_repository(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+    original, exported = load_file(run / "encoder.safetensors"), load_file(folder / "model.safetensors")
+    assert original.keys() == exported.keys()
+    assert all(torch.equal(original[key].half(), exported[key]) for key in original)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+    assert "our own" in (folder / "README.md").read_text()
+    assert json.loads((folder / "recipe.json").read_text())["cost"]["steps"] == 2
+
+
+def test_a_run_becomes_files_of_the_package(run: Path, tmp_path: Path) -> None:
+    name = "vit_pico_patch8_pmae.ms_ssim_imagenette"
+    export.main(str(run), name=name, to=tmp_path, layout="package", data_terms="ours", hardware="here", dtype="float32")
+    provenance = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {*provenance["files"], f"{name}.json"}
+    for file, entry in provenance["files"].items():
+        content = (tmp_path / file).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        assert entry["dtype"] == "float32"
+
+
+def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="neither a run folder nor a tag"):
+        export.main("vit_base_patch16_pmae.mae_in1k", to=tmp_path)
+    results = (EVALUATION / "cifar10" / "results.json",)
+    with pytest.raises(SystemExit, match="no accuracies of vit_pico_patch8_pmae with nothing features"):
+        export.main(EMBEDDED, to=tmp_path, results=results, features="nothing")
+    with pytest.raises(SystemExit, match="No such file"):
+        export.main(str(tmp_path), name=EMBEDDED, to=tmp_path, data_terms="ours", hardware="here")
+
+
+# --- and published ---------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_every_file_and_sends_nothing(
+    repository: Path, account: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish.main(repository, dry_run=True)
+    out = capsys.readouterr().out
+    assert f"{REPOSITORY}, branch main, on {account.endpoint}" in out
+    for path in repository.iterdir():
+        assert f"{path.stat().st_size:,}  " in out
+        assert f"  {path.name}\n" in out
+    assert not account.requests
+
+
+def test_an_upload_is_what_was_exported_and_loads_again(
+    repository: Path, account: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "notes.txt").write_text("not in the manifest")
+    publish.main(repository, private=True)
+    repo = account.repos[REPOSITORY]
+    assert repo.private
+    sent = repo.commits[repo.branches["main"]]
+    assert sent.keys() - {".gitattributes"} == {path.name for path in repository.iterdir()} - {"notes.txt"}
+    assert all(content == (repository / name).read_bytes() for name, content in sent.items() if name[0] != ".")
+    assert any(line.startswith("PUT /lfs/") for line in account.requests), "the weights went by Git LFS"
+    out = capsys.readouterr().out
+    assert f'"{EMBEDDED}": Publication("{repo.branches["main"]}", "' in out
+    overlay = {"file": None, "hf_hub_id": REPOSITORY}
+    pulled = timm.create_model(EMBEDDED, pretrained=True, pretrained_cfg_overlay=overlay)
+    embedded = timm.create_model(EMBEDDED, pretrained=True).state_dict()
+    assert all(torch.equal(tensor, embedded[name]) for name, tensor in pulled.state_dict().items())
+
+
+def test_a_branch_a_pull_request_and_another_organisation(
+    repository: Path, account: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.main(repository)
+    publish.main(repository, revision="next")
+    repo = account.repos[REPOSITORY]
+    assert repo.branches.keys() == {"main", "next"}
+    publish.main(repository, pull_request=True)
+    assert "/discussions/1" in capsys.readouterr().out
+    assert "refs/pr/1" in repo.branches
+    monkeypatch.setenv("PMAE_HUB_ORG", "acme")
+    publish.main(repository)
+    publish.main(repository, repo="acme/pico")
+    assert {f"acme/{EMBEDDED}", "acme/pico"} <= account.repos.keys()
+
+
+def test_nothing_wrong_is_published(
+    repository: Path, account: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"manifest\.json"):
+        publish.main(tmp_path)
+    bare = tmp_path / "bare"
+    shutil.copytree(repository, bare)
+    (bare / "decoder.safetensors").unlink()
+    with pytest.raises(SystemExit, match="missing: write the folder"):
+        publish.main(bare)
+    with (repository / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(IntegrityError, match="bytes instead of"):
+        publish.check_repository(repository)
+    with pytest.raises(SystemExit, match=r"publish\.py: "):
+        publish.main(repository)
+    assert not account.repos
+
+
+def test_a_stranger_is_refused(repository: Path, account: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    account.repos["perceptual-mae/other"] = Repo()
+    with pytest.raises(SystemExit, match="401"):
+        publish.main(repository)
+    assert REPOSITORY not in account.repos

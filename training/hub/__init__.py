@@ -1,0 +1,1 @@
+"""Repositories of weights on the Hugging Face Hub: what is in one, and its model card."""

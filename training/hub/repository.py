@@ -1,0 +1,168 @@
+"""What a repository of weights holds, made of facts that live elsewhere: timm's registry, a run, its evaluations.
+
+config.json              read by timm and transformers, without our package
+README.md                the model card
+model.safetensors        the encoder, timm's own keys
+decoder.safetensors      what rebuilds images behind it
+recipe.json              the resolved recipe, data, cost and versions of the run
+results.json             figures of evaluations
+manifest.json            size and SHA-256 of all the others, which `perceptual_mae_models/hub.py` checks
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg
+
+import perceptual_mae_models
+from perceptual_mae_models.hub import MANIFEST, WEIGHTS, sha256_of
+from training.hub.card import write_card
+
+CONFIG, CARD, DECODER, RECIPE, RESULTS = (
+    "config.json",
+    "README.md",
+    "decoder.safetensors",
+    "recipe.json",
+    "results.json",
+)
+EMBEDDED = Path(perceptual_mae_models.__file__).parent / "pretrained"
+
+TIMM_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_pico_patch8_pmae": ("vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8, "depth": 8}),
+    "vit_tiny_patch16_pmae": ("vit_tiny_patch16_224", {}),
+    "vit_small_patch16_pmae": ("vit_small_patch16_224", {}),
+    "vit_base_patch16_pmae": ("vit_base_patch16_224", {}),
+    "vit_large_patch16_pmae": ("vit_large_patch16_224", {}),
+    "vit_huge_patch14_pmae": ("vit_huge_patch14_224", {}),
+}
+"""timm's own architecture of the same shape, and the arguments that make it so: for those without our package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights to publish, and everything known of them."""
+
+    name: str
+    """`<architecture>.<tag>`."""
+    encoder: Path
+    decoder: Path
+    provenance: dict[str, Any]
+    """Recipe, data, cost, versions, final metrics, results: what `training/export.py` writes."""
+
+
+def registered_tags() -> list[str]:
+    """Tags whose repository is ours, by name; those of other authors live in theirs."""
+    names = timm.list_models(module="vision_transformer_pmae", include_tags=True)
+    return [name for name in names if str(facts_of(name).hf_hub_id).rpartition("/")[2] == name]
+
+
+def facts_of(name: str) -> PretrainedCfg:
+    """The facts that timm holds of a registered tag.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None or not cfg.tag or cfg.architecture not in TIMM_TWINS:
+        raise ValueError(f"{name} is not a registered tag, <architecture>.<tag>: `pmae list` names them")
+    return cfg
+
+
+def open_embedded_weights(name: str) -> Weights | None:
+    """The weights of a tag that the package holds, with their provenance; None where it holds none."""
+    encoder, decoder = EMBEDDED / f"{name}.safetensors", EMBEDDED / f"{name}.decoder.safetensors"
+    if not encoder.exists():
+        return None
+    provenance = json.loads((EMBEDDED / f"{name}.json").read_text(encoding="utf-8"))
+    return Weights(name=name, encoder=encoder, decoder=decoder, provenance=provenance)
+
+
+def build_config(name: str) -> dict[str, Any]:
+    """`config.json` of a tag, as timm writes it, under timm's own architecture name."""
+    cfg = facts_of(name)
+    architecture, model_args = TIMM_TWINS[cfg.architecture]
+    with torch.device("meta"):
+        with_sizes = timm.create_model(architecture, num_classes=0, **model_args)
+    kept = ("tag", "fixed_input_size", "crop_pct", "interpolation", "first_conv", "classifier", "license", "paper_ids")
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": with_sizes.num_features,
+        "global_pool": "token",
+        **({"model_args": model_args} if model_args else {}),
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": list(cfg.input_size),
+            "crop_mode": cfg.crop_mode,
+            "mean": list(cfg.mean),
+            "std": list(cfg.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "paper_name": cfg.paper_name,
+            **{key: getattr(cfg, key) for key in kept},
+        },
+    }
+
+
+def describe_files(name: str, weights: Weights | None) -> dict[str, str]:
+    """The text files of a tag's repository by name; without weights only those that need none."""
+    config = build_config(name)
+    provenance = weights.provenance if weights else None
+    files = {CONFIG: as_json(config), CARD: write_card(facts_of(name), config, provenance)}
+    if provenance:
+        files[RECIPE] = as_json({key: provenance[key] for key in ("recipe", "data", "cost", "versions")})
+        files[RESULTS] = as_json({key: provenance[key] for key in ("final_metrics", "results")})
+    return files
+
+
+def write_repository(name: str, weights: Weights | None, folder: Path, *, with_weights: bool = True) -> list[Path]:
+    """Write a tag's repository.
+
+    Args:
+        name: `<architecture>.<tag>`.
+        weights: What is published; None for a tag that has none yet, whose page says so.
+        folder: Where the files go.
+        with_weights: Also copy the weights; without, everything that describes them.
+
+    Returns:
+        The files, the manifest last.
+
+    Raises:
+        ValueError: If the tag is not registered.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file, text in describe_files(name, weights).items():
+        (folder / file).write_text(text, encoding="utf-8")
+        written.append(folder / file)
+    if weights:
+        sources = {WEIGHTS: weights.encoder, DECODER: weights.decoder}
+        if with_weights:
+            for file, source in sources.items():
+                if source != folder / file:
+                    (folder / file).write_bytes(source.read_bytes())
+                written.append(folder / file)
+        entries = {path.name: path for path in written} | sources
+        (folder / MANIFEST).write_text(as_json(build_manifest(name, entries)), encoding="utf-8")
+        written.append(folder / MANIFEST)
+    return written
+
+
+def build_manifest(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Sizes and digests of files, by the names they have in the repository."""
+    return {
+        "name": name,
+        "files": {
+            file: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for file, path in sorted(files.items())
+        },
+    }
+
+
+def as_json(value: Any) -> str:
+    """JSON as people read it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
