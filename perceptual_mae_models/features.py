@@ -10,30 +10,28 @@ for batch in extractor.stream(find_images(["photos"])):      # any number of ima
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import timm
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
-from perceptual_mae_models.images import ImageError, ImageInput, image_name, open_image
+from perceptual_mae_models.images import ImageError, ImageInput
+from perceptual_mae_models.loading import Batches, Loaded, Transform, load_here
 from perceptual_mae_models.version import __version__
 
 Pool = Literal["avg", "cls", "cls+avg", "tokens", "map"]
 Precision = Literal["float32", "bfloat16", "float16"]
-Transform = Callable[[Image.Image], Tensor]
 
 POOLS: tuple[Pool, ...] = ("avg", "cls", "cls+avg", "tokens", "map")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
@@ -133,8 +131,6 @@ class FeatureExtractor:
         built_for = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
         if built_for is not None:
             data_config["input_size"] = (3, *built_for)
-        elif not isinstance(model, nn.Module):  # a convolutional network of our own making: faster so, the same values
-            self.model.to(memory_format=torch.channels_last)
         self.input_size: tuple[int, int] = tuple(data_config["input_size"][1:])
         self.transform: Transform = create_transform(**data_config)
         weights = _origin(model, checkpoint, pretrained)
@@ -200,13 +196,13 @@ class FeatureExtractor:
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
         if workers == 0:
-            return self._encode_all(_load_here(images, batch_size, self.transform), skip_broken)
+            return self._encode_all(load_here(images, batch_size, self.transform), skip_broken)
         if not isinstance(images, Sequence | np.ndarray):
             raise ValueError("workers need a list of images: a generator can only be read here, with workers=0")
-        batches = _Batches(images, batch_size, self.transform)
+        batches = Batches(images, batch_size, self.transform)
         return self._encode_all(DataLoader(batches, batch_size=None, num_workers=workers), skip_broken)
 
-    def _encode_all(self, batches: Iterable["_Loaded"], skip_broken: bool) -> Iterator[FeatureBatch]:
+    def _encode_all(self, batches: Iterable[Loaded], skip_broken: bool) -> Iterator[FeatureBatch]:
         for batch in batches:
             if batch.broken and not skip_broken:
                 raise batch.broken[0]
@@ -291,7 +287,14 @@ def _build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bo
         overlay = {"file": str(checkpoint)}
     # Not num_classes=0: where that differs from the configuration timm loads unstrictly, and a checkpoint with foreign
     # keys would leave random weights without a word. The classifier, if there is one, is loaded and not used.
-    return timm.create_model(model, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
+    built = timm.create_model(model, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
+    return _arrange(built)
+
+
+def _arrange(model: nn.Module) -> nn.Module:
+    """Lays a convolutional network's weights out as processors like them; what it computes stays the same."""
+    tokens = hasattr(model, "patch_embed")
+    return model if tokens else model.to(memory_format=torch.channels_last)
 
 
 def _own_device(model: nn.Module) -> torch.device:
@@ -305,48 +308,3 @@ def _origin(model: str | nn.Module, checkpoint: str | Path | None, pretrained: b
     if checkpoint is not None:
         return Path(checkpoint).name
     return "pretrained" if pretrained else "random"
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A batch between decoding and encoding: (n, 3, H, W) normalised pixels, and what could not be read, as data."""
-
-    names: tuple[str, ...]
-    pixels: Tensor
-    broken: tuple[ImageError, ...]
-
-
-def _load(numbered: Iterable[tuple[int, ImageInput]], transform: Transform) -> _Loaded:
-    names, pixels, broken = [], [], []
-    for index, image in numbered:
-        name = image_name(image, index)
-        try:
-            rgb = open_image(image)
-        except ImageError as error:
-            broken.append(ImageError(name, error.reason))
-            continue
-        names.append(name)
-        pixels.append(transform(rgb))
-    return _Loaded(tuple(names), torch.stack(pixels) if pixels else torch.empty(0), tuple(broken))
-
-
-def _load_here(images: Iterable[ImageInput], batch_size: int, transform: Transform) -> Iterator[_Loaded]:
-    numbered = enumerate(images)
-    while batch := list(islice(numbered, batch_size)):
-        yield _load(batch, transform)
-
-
-class _Batches(Dataset[_Loaded]):
-    """Whole batches as items: one message a batch from a worker, and broken images cost no collating."""
-
-    def __init__(self, images: Sequence[Any] | NDArray[Any], batch_size: int, transform: Transform) -> None:
-        self.images = images
-        self.batch_size = batch_size
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
-
-    def __getitem__(self, index: int) -> _Loaded:
-        start = index * self.batch_size
-        return _load(enumerate(self.images[start : start + self.batch_size], start), self.transform)

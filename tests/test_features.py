@@ -249,6 +249,19 @@ def test_convolutional_models(files: list[Path]) -> None:
             FeatureExtractor(model, "cls")
 
 
+def test_the_layout_of_convolutions_is_ours_only_where_the_network_is_and_changes_no_value() -> None:
+    own = FeatureExtractor("test_resnet", device="cpu", pretrained=False)
+    weights = [weight for weight in own.model.parameters() if weight.ndim == 4 and weight.shape[2] > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    given = timm.create_model("test_resnet", pretrained=False).eval()
+    given.load_state_dict(own.model.state_dict())
+    as_it_is = FeatureExtractor(given)
+    assert all(weight.is_contiguous() for weight in given.parameters())
+    pixels = torch.randn(2, 3, *own.input_size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(own.encode(pixels), as_it_is.encode(pixels))
+    assert all(parameter.is_contiguous() for parameter in FeatureExtractor(PICO, pretrained=False).model.parameters())
+
+
 def test_wrong_arguments(pico: nn.Module, extractor: FeatureExtractor, files: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"pool is one of avg, cls, cls\+avg, tokens, map, not 'max'"):
         FeatureExtractor(pico, "max")  # type: ignore[arg-type]
