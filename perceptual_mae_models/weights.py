@@ -39,10 +39,10 @@ _WRAPPERS = frozenset(
 )
 _EMA_WRAPPERS = frozenset({"state_dict_ema", "model_ema", "ema"})
 # The first part of every name a timm VisionTransformer can have; other names are decoders, discriminators, optimisers.
-_HEAD_PARTS = frozenset({"head", "fc_norm", "attn_pool"})
+HEAD_PARTS = frozenset({"head", "fc_norm", "attn_pool"})
 _TOKEN_PARTS = frozenset({"cls_token", "reg_token", "pos_embed"})
 _BODY_PARTS = frozenset({"patch_embed", "norm_pre", "blocks"})
-_ENCODER_PARTS = _BODY_PARTS | _TOKEN_PARTS | _HEAD_PARTS | {"norm"}
+ENCODER_PARTS = _BODY_PARTS | _TOKEN_PARTS | HEAD_PARTS | {"norm"}
 
 _PATCH_WEIGHT = "patch_embed.proj.weight"
 # Older timm adapts the first convolution from three channels only, and leaves it random otherwise.
@@ -127,14 +127,14 @@ def _find_encoder(
     state_dict: Mapping[str, Any], model: VisionTransformer, wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Choose the one complete set of encoder tensors among everything the checkpoint holds."""
-    checkpoint = dict(_flatten(state_dict))
+    checkpoint = dict(flatten(state_dict))
     candidates: defaultdict[tuple[str, ...], dict[str, Tensor]] = defaultdict(dict)
     for full_name, tensor in checkpoint.items():
-        wrappers, name = _split_wrappers(full_name)
-        if name.split(".")[0] in _ENCODER_PARTS:
+        wrappers, name = split_wrappers(full_name)
+        if name.split(".")[0] in ENCODER_PARTS:
             candidates[wrappers][name] = tensor
 
-    optional = _HEAD_PARTS | {"reg_token"}
+    optional = HEAD_PARTS | {"reg_token"}
     required = [name for name in wanted if name.split(".")[0] not in optional]
     complete = {path: group for path, group in candidates.items() if group.keys() >= set(required)}
     averaged = {path: group for path, group in complete.items() if not _EMA_WRAPPERS.isdisjoint(path)}
@@ -145,32 +145,33 @@ def _find_encoder(
         missing = [name for name in required if name not in closest]
         raise CheckpointError(
             f"The checkpoint does not hold a complete {title}: {len(missing)} of its {len(required)} tensors are"
-            f" missing ({_shorten(missing)}). Found {len(checkpoint)} tensors ({_shorten(checkpoint)})."
+            f" missing ({shorten(missing)}). Found {len(checkpoint)} tensors ({shorten(checkpoint)})."
         )
     if len(chosen) > 1:
         places = [".".join(path) or "the top level" for path in chosen]
-        raise CheckpointError(f"The checkpoint holds more than one {title}, at {_shorten(places)}: keep only one.")
+        raise CheckpointError(f"The checkpoint holds more than one {title}, at {shorten(places)}: keep only one.")
 
     (tensors,) = chosen.values()
     surplus = [name for name in tensors if name.split(".")[0] in _BODY_PARTS and name not in wanted]
     if surplus:
         raise CheckpointError(
             f"The checkpoint is of another model than the {title}: it also holds {len(surplus)} encoder tensors that"
-            f" this model has no place for ({_shorten(surplus)})."
+            f" this model has no place for ({shorten(surplus)})."
         )
     return tensors
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Walk nested containers; names are joined by dots, so that containers and prefixes become the same thing."""
     for key, value in tree.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
 
 
-def _split_wrappers(full_name: str) -> tuple[tuple[str, ...], str]:
+def split_wrappers(full_name: str) -> tuple[tuple[str, ...], str]:
+    """Take containers and prefixes off the front of a tensor's name; both are returned."""
     parts = full_name.split(".")
     depth = 0
     while depth < len(parts) - 1 and parts[depth] in _WRAPPERS:
@@ -182,7 +183,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wante
     """Refuse tensors that neither we nor timm can bring to the model's shape."""
     problems = []
     for name, target in wanted.items():
-        if name not in tensors or name.split(".")[0] in _HEAD_PARTS:
+        if name not in tensors or name.split(".")[0] in HEAD_PARTS:
             continue
         found = tensors[name].shape
         if name == _PATCH_WEIGHT:  # kernel and channels can be adapted
@@ -194,7 +195,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wante
         if not fits:
             problems.append(f"{name} is {tuple(found)}, the model needs {tuple(target.shape)}")
     if problems:
-        raise CheckpointError(f"The checkpoint is of another model, its shapes differ: {_shorten(problems, '; ')}.")
+        raise CheckpointError(f"The checkpoint is of another model, its shapes differ: {shorten(problems, '; ')}.")
 
     channels, model_channels = tensors[_PATCH_WEIGHT].shape[1], wanted[_PATCH_WEIGHT].shape[1]
     declared = getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0]
@@ -310,6 +311,7 @@ def _location(cfg: PretrainedCfg) -> str:
     return f"{cfg.url}"
 
 
-def _shorten(names: Mapping[str, Any] | list[str], separator: str = ", ") -> str:
+def shorten(names: Mapping[str, Any] | list[str], separator: str = ", ") -> str:
+    """The first five of many names, for a message."""
     shown = list(names)[:5]
     return separator.join(shown) + (f"{separator}…" if len(names) > len(shown) else "") if shown else "none"

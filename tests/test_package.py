@@ -76,7 +76,7 @@ def test_provenance_matches_the_files(provenance: dict[str, dict[str, object]]) 
         assert len(content) < 8e6
     assert provenance["data"]["images"] == 9469
     assert provenance["data"]["terms"]
-    assert [result["accuracy_percent"] for result in provenance["results"]]  # type: ignore[index, union-attr]
+    assert [row["value"]["mean"] for row in provenance["results"]]  # type: ignore[index, union-attr]
 
 
 def test_the_embedded_decoder_rebuilds_better_than_nothing() -> None:
@@ -126,7 +126,7 @@ def _imports(file: Path) -> Iterator[str]:
     ("module", "extra"),
     [
         ("perceptual_mae_models.cli", ""),
-        ("training.demo", "demo"),
+        ("training.demo", "picture"),
         ("training.pretrain", "train"),
         ("training.evaluate.command", "evaluate"),
         ("training.report.command", "evaluate"),
