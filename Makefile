@@ -4,11 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Test processes, of one thread each.
 JOBS ?= 2
+# What `make test-downstream` gives pytest.
+DOWNSTREAM ?= tests/downstream
+# The encoders that `make test-timm` tests; base, large and huge take tens of GiB.
+TIMM_MODELS ?= vit_pico_patch8_pmae vit_tiny_patch16_pmae
+OLDEST_TIMM := $(shell sed -n 's/^ *"timm>=\([0-9.]*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format clean docs test-downstream test-timm
 help:
 	@echo "make demo    find similar photographs and rebuild masked ones with the embedded weights -> demo.png"
 	@echo "make test    all tests that need no GPU; set PMAE_DATA to the folder of image archives for those on real data"
+	@echo "make test-downstream  our encoders in transformers, smp, torchvision, scikit-learn, PEFT, ONNX: the real libraries"
+	@echo "make test-timm        timm's own model tests on our encoders, on the oldest and the newest timm"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff format the code"
 	@echo "make clean   delete .venv and caches"
@@ -18,6 +26,23 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test-downstream: .venv/.downstream
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(DOWNSTREAM)
+
+# Another timm before the installed one on the path, a few megabytes, rather than another environment with torch.
+test-timm: .venv/.dev
+	rm -rf .venv/timm
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/timm/oldest timm==$(OLDEST_TIMM)
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/timm/newest timm
+	for version in oldest newest; do \
+		export OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv/timm/$$version; \
+		$(BIN)/python tests/timm_suite.py $(TIMM_MODELS) || exit 1; \
+		$(BIN)/python -m pytest tests/downstream/test_plain_timm.py || exit 1; \
+	done
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -34,10 +59,20 @@ clean:
 # One environment; each target adds the extras it needs. A changed pyproject.toml installs anew.
 .venv/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --editable ".[picture]"
 	touch $@
 
 .venv/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv/.downstream: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev,downstream]"
+	touch $@
+
+.venv/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@

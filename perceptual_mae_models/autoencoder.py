@@ -55,6 +55,20 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> 
     return x.reshape(n, -1, h * p, w * p)
 
 
+def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring every patch to zero mean and unit variance (MAE, section 4: "normalised pixels").
+
+    Args:
+        patches: (N, L, p*p*3).
+
+    Returns:
+        The normalised patches, and the mean and standard deviation (N, L, 1) that undo it.
+    """
+    mean = patches.mean(dim=-1, keepdim=True)
+    std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
+
+
 def image_pyramid(images: Tensor, num_scales: int) -> tuple[Tensor, ...]:
     """Images (N, C, H, W) at scales that halve, by average pooling: fine to coarse, the images themselves first."""
     pyramid = [images]
@@ -89,6 +103,26 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     return Masking(ids_shuffle[:, :num_keep], ids_restore, (ids_restore >= num_keep).to(torch.float32))
+
+
+def given_masking(mask: Tensor) -> Masking:
+    """The masking that a mask means; unlike `random_masking` for any choice of patches, all and none included.
+
+    Args:
+        mask: (N, L), bool or 0 and 1: 1 hidden, 0 visible; the same number of hidden patches in every row.
+
+    Returns:
+        The masking; the encoder sees the visible patches in their order on the grid.
+
+    Raises:
+        ValueError: If the rows hide different numbers of patches, which no rectangular batch can hold.
+    """
+    hidden: list[int] = mask.bool().sum(dim=1).tolist()
+    if len(set(hidden)) != 1:
+        raise ValueError(f"one batch hides the same number of patches in every image, not {hidden}")
+    ids_shuffle = mask.bool().int().argsort(dim=1, stable=True)  # visible first
+    num_keep = mask.shape[1] - hidden[0]
+    return Masking(ids_shuffle[:, :num_keep], ids_shuffle.argsort(dim=1), mask.bool().to(torch.float32))
 
 
 class Reconstruction(NamedTuple):

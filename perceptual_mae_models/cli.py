@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perceptual_mae_models.commands.convert import convert
 from perceptual_mae_models.commands.images import embed, similar
 from perceptual_mae_models.commands.models import list_models, show_info
+from perceptual_mae_models.commands.serve import serve
+from perceptual_mae_models.commands.weights import download, verify
 from perceptual_mae_models.version import __version__
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130  # argparse exits with 2 on wrong usage
@@ -68,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", help="a timm name, with or without tag")
     command.set_defaults(run=show_info)
 
+    command = commands.add_parser("download", help="weights from the Hub, before they are needed")
+    command.add_argument("names", nargs="+", metavar="NAME", help="a tag of `pmae list`")
+    command.add_argument("--to", type=Path, metavar="DIR", help="a folder, instead of the Hub's cache")
+    command.set_defaults(run=download)
+
+    command = commands.add_parser("verify", help="whether weights are the files that were published")
+    command.add_argument("targets", nargs="+", metavar="NAME", help="a tag of `pmae list`, or a downloaded folder")
+    command.set_defaults(run=verify)
+
     command = commands.add_parser("embed", help="features of images, into one file")
     command.add_argument("paths", nargs="+", metavar="PATH", help="images, folders (searched recursively), patterns")
     command.add_argument(
@@ -85,7 +97,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_extractor_options(command, pools=("avg", "cls", "cls+avg"))
     command.set_defaults(run=similar)
+
+    command = commands.add_parser("convert", help="somebody's MAE checkpoint, made a weight file of ours")
+    _add_convert_options(command)
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("serve", help="a page to try the models on, in the browser")
+    _add_serve_options(command)
+    command.set_defaults(run=serve)
     return parser
+
+
+def _add_convert_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("file", type=Path, metavar="FILE", help="of facebookresearch/mae, Hugging Face, Lightning or timm")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="the encoder, .safetensors")
+    add("--model", metavar="NAME", help="a model of `pmae list` (default: the one with the checkpoint's shapes)")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="on the disk (default: float32)")
+    add("--drop", action="append", default=[], metavar="PREFIX", help="tensors to leave out; may be repeated")
+    add("--decoder", type=Path, metavar="FILE", help="write its plain MAE decoder too, .safetensors")
+    add("--decoder-heads", type=_at_least(1), metavar="N", help="where the checkpoint does not say")
+    add(
+        "--norm-pix-loss",
+        action=argparse.BooleanOptionalAction,
+        help="whether the decoder predicts standardised patches, where the checkpoint does not say",
+    )
+
+
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--folder", type=Path, metavar="DIR", help="images to look for neighbours in (encoded once, at the start)")
+    add("--model", default="vit_pico_patch8_pmae", metavar="NAME", help="of the neighbours (default: %(default)s)")
+    add("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s, this machine only")
+    add("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
 
 
 def _add_extractor_options(command: argparse.ArgumentParser, pools: Sequence[str]) -> None:

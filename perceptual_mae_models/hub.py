@@ -66,8 +66,9 @@ def find_repository(cfg: PretrainedCfg) -> Repository:
         return Repository(repo_id, revision or None, None, ours)
     if other := os.environ.get("PMAE_HUB_ORG"):
         return Repository(f"{other}/{name}", None, None, True)
-    known = PUBLISHED.get(name)
-    return Repository(repo_id, *(known or (None, None)), True)
+    if known := PUBLISHED.get(name):
+        return Repository(repo_id, known.revision, known.manifest_sha256, True)
+    return Repository(repo_id, None, None, True)
 
 
 def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:

@@ -154,7 +154,8 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
             **kwargs,
         )
     if from_hub:
-        model.pretrained_cfg.update(file=cfg.file, source=cfg.source)  # the place in the cache is nobody's business
+        facts: Any = model.pretrained_cfg
+        facts.update(file=cfg.file, source=cfg.source)  # the place in the cache is nobody's business
     return model
 
 

@@ -11,13 +11,14 @@ from perceptual_mae_models.autoencoder import (
     build_autoencoder,
     image_pyramid,
     init_mae_weights,
+    normalise_patches,
     patchify,
     random_masking,
     unpatchify,
 )
 from perceptual_mae_models.features import FeatureExtractor
 from training.grids import reconstruct
-from training.losses.pixel import normalise_patches, patch_error
+from training.losses.pixel import patch_error
 from training.recipes import Recipe
 from training.step import reconstruction_loss
 

@@ -17,6 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
+from perceptual_mae_models.reconstruction import middle
 from training.data.images import ImageSource
 from training.evaluate import features as cached
 from training.evaluate.command import evaluate, main
@@ -29,7 +30,6 @@ from training.evaluate.options import Options
 from training.evaluate.protocols import Settings
 from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction
 from training.evaluate.split import check_pair, hold_back, name_groups
-from training.grids import middle
 
 ROOT = Path(__file__).parents[1]
 

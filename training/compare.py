@@ -12,9 +12,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from perceptual_mae_models.reconstruction import middle
+from perceptual_mae_models.serve.samples import photographs
 from training.data.images import ImageSource
-from training.demo import REBUILT, photographs
-from training.grids import labelled_rows, middle, reconstruct
+from training.demo import REBUILT
+from training.grids import labelled_rows, reconstruct
 from training.run.seeding import generator
 from training.weights import open_run
 

@@ -8,7 +8,6 @@ The photographs come inside scikit-image and scikit-learn; nothing is downloaded
 import argparse
 import time
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -16,30 +15,15 @@ from PIL import Image
 
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
-from perceptual_mae_models.images import open_image
-from training.grids import labelled_rows, middle, reconstruct
+from perceptual_mae_models.reconstruction import middle
+from perceptual_mae_models.serve.samples import photographs
+from training.grids import labelled_rows, reconstruct
 from training.run.seeding import generator
 from training.weights import open_embedded
 
 MODEL = "vit_pico_patch8_pmae"
-PHOTOGRAPHS = {
-    "skimage.data": (
-        *("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
-        *("hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
-    ),
-    "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
-}
 QUERIES = ("coffee", "chelsea", "china", "flower", "grass")
 REBUILT = ("china", "chelsea", "coffee", "flower", "astronaut", "rocket")
-
-
-def photographs() -> dict[str, Image.Image]:
-    """The photographs by name, RGB."""
-    return {
-        Path(name).stem: open_image(Path(str(files(package) / name)))
-        for package, names in PHOTOGRAPHS.items()
-        for name in names
-    }
 
 
 def crops(photograph: Image.Image) -> Iterator[Image.Image]:

@@ -7,22 +7,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
-from perceptual_mae_models.autoencoder import MaskedAutoencoder, Reconstruction
-from training.losses.pixel import normalise_patches
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, random_masking
+from perceptual_mae_models.reconstruction import middle, rebuild
 from training.recipes import Recipe
 from training.run.seeding import generator
 
 
-@torch.no_grad()
 def reconstruct(network: MaskedAutoencoder, images: Tensor, noise: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Pictures of what the network does.
-
-    With `norm_pix_loss` the prediction has no brightness or contrast of its own: each patch takes those of the
-    original, as in MAE's figures.
+    """Pictures of what the network does, see `perceptual_mae_models.reconstruction.rebuild`, under a random mask.
 
     Args:
         network: The autoencoder.
@@ -35,27 +30,15 @@ def reconstruct(network: MaskedAutoencoder, images: Tensor, noise: Tensor, recip
         `pasted` (visible patches as they are, hidden ones predicted) and, from a multi-scale decoder, `<h>x<w>` for
         every coarser scale, enlarged to full size.
     """
-    output: Reconstruction = network(images, noise)
-    target, pred = network.target(images), output.pred.float()
-    if recipe.norm_pix_loss:
-        _, mean, std = normalise_patches(target)
-        pred = pred * std + mean
-    hidden = output.mask.unsqueeze(-1)  # (N, L, 1)
-    coarse = [image.clamp(0, 1) for image in network.images(output.preds)[1:]] if network.num_scales > 1 else []
+    masking = random_masking(noise, network.mask_ratio)
+    views = rebuild(network, images, masking, norm_pix_loss=recipe.norm_pix_loss)
     return {
         "original": images,
-        "masked": network.to_images(target * (1 - hidden)),  # 0 in the standardised space is ImageNet's mean colour
-        "rebuilt": network.to_images(pred),
-        "pasted": network.to_images(target * (1 - hidden) + pred * hidden),
-        **{f"{x.shape[2]}x{x.shape[3]}": interpolate(x, images.shape[2:], mode="nearest-exact") for x in coarse},
+        "masked": views.masked,
+        "rebuilt": views.rebuilt,
+        "pasted": views.pasted,
+        **{f"{x.shape[2]}x{x.shape[3]}": interpolate(x, images.shape[2:], mode="nearest-exact") for x in views.coarse},
     }
-
-
-def middle(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """The middle of an image, its short side fitted to a height and width: (3, H, W) in [0, 1]."""
-    fit = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
-    pixels: Tensor = fit(image)
-    return pixels.float() / 255
 
 
 def labelled_rows(

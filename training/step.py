@@ -23,11 +23,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from perceptual_mae_models.autoencoder import MaskedAutoencoder, Reconstruction, image_pyramid
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, Reconstruction, image_pyramid, normalise_patches
 from training.draws import Draws
 from training.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight
 from training.losses.perceptual import feature_matching, style_matching
-from training.losses.pixel import normalise_patches, patch_error
+from training.losses.pixel import patch_error
 from training.losses.regularizers import update_mean_length
 from training.losses.structural import ms_ssim_loss, ssim_l1
 from training.penalties import Scene, penalise

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-import perceptual_mae_models  # registers the encoders in timm
+from perceptual_mae_models import reconstruction
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, build_autoencoder
 from training.recipes import Recipe, recipe_from_json
 from training.run.checkpoint import write_atomically
@@ -43,9 +42,12 @@ def save_run_weights(out: Path, network: MaskedAutoencoder, recipe: Recipe, prog
 
 
 def read_recipe(file: Path) -> Recipe:
-    """The recipe that a weight file of `save_run_weights` carries."""
-    with safe_open(file, framework="pt") as opened:
-        return recipe_from_json(json.loads(opened.metadata()["recipe"]))
+    """The recipe that a weight file of `save_run_weights` carries.
+
+    Raises:
+        CheckpointError: If the file is broken or carries none.
+    """
+    return recipe_from_json(reconstruction.read_recipe(file))
 
 
 def open_run(folder: Path) -> tuple[MaskedAutoencoder, Recipe]:
@@ -65,28 +67,17 @@ def open_run(folder: Path) -> tuple[MaskedAutoencoder, Recipe]:
 
 
 def open_embedded(name: str) -> tuple[MaskedAutoencoder, Recipe]:
-    """The autoencoder whose weights come with the package.
-
-    Args:
-        name: A model of `pmae list` whose weights are in the package, with or without its tag.
+    """The autoencoder whose weights come with the package, see `perceptual_mae_models.reconstruction.open_shipped`.
 
     Raises:
         FileNotFoundError: If the package holds no decoder of it.
     """
-    encoder: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    tag = f"{name.partition('.')[0]}.{encoder.pretrained_cfg['tag']}"
-    file = Path(perceptual_mae_models.__file__).parent / "pretrained" / f"{tag}.decoder.safetensors"
-    if not file.exists():
-        raise FileNotFoundError(f"{name}: there is no decoder of it in the package")
-    return load_autoencoder(timm.create_model(name, pretrained=True, num_classes=0), file)
+    network, recipe = reconstruction.open_shipped(name)
+    return network, recipe_from_json(recipe)
 
 
 def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAutoencoder, Recipe]:
-    """Put a saved decoder behind its encoder.
-
-    Args:
-        encoder: The encoder that was trained with it, loaded: a timm ViT.
-        decoder_file: A `decoder.safetensors` of `save_run_weights`.
+    """Put a saved decoder behind its encoder, see `perceptual_mae_models.reconstruction.load_autoencoder`.
 
     Returns:
         The autoencoder and the recipe it was trained with.
@@ -95,7 +86,5 @@ def load_autoencoder(encoder: nn.Module, decoder_file: Path) -> tuple[MaskedAuto
         RuntimeError: If the decoder is of another encoder's shape.
         ValueError: If the encoder is no ViT that can be masked.
     """
-    recipe = read_recipe(decoder_file)
-    network = build_from_recipe(encoder, recipe)
-    network.decoder.load_state_dict(load_file(decoder_file))
-    return network, recipe
+    network, recipe = reconstruction.load_autoencoder(encoder, decoder_file)
+    return network, recipe_from_json(recipe)

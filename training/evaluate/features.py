@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from perceptual_mae_models.features import FeatureExtractor, Transform
+from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
+from perceptual_mae_models.loading import Transform
 from training.data.images import ImageSource
 from training.run.checkpoint import write_atomically
 

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, random_masking, unpatchify
+from perceptual_mae_models.reconstruction import middle
 from training.data.images import ImageSource
 from training.evaluate.features import load_views
-from training.grids import labelled_rows, middle, reconstruct
+from training.grids import labelled_rows, reconstruct
 from training.losses.structural import WINDOW, ms_ssim_each, ssim_map
 from training.recipes import Recipe
 from training.run.seeding import generator

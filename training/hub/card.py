@@ -58,7 +58,7 @@ def write_card(cfg: PretrainedCfg, config: Mapping[str, Any], provenance: Mappin
         Markdown; every figure in it is one of `provenance`, and is not there without it.
     """
     name = f"{cfg.architecture}.{cfg.tag}"
-    method, _, data = cfg.tag.rpartition("_")
+    method, _, data = str(cfg.tag).rpartition("_")
     title, dataset = DATASETS[data]
     size = f"{cfg.input_size[1]} x {cfg.input_size[2]}"
     metadata = ModelCardData(
@@ -182,5 +182,5 @@ def list_results(provenance: Mapping[str, Any]) -> Iterator[EvalResult]:
 
 
 def _patches(cfg: PretrainedCfg) -> int:
-    patch = int(cfg.architecture.partition("_patch")[2].partition("_")[0])
+    patch = int(str(cfg.architecture).partition("_patch")[2].partition("_")[0])
     return (cfg.input_size[1] // patch) ** 2

@@ -85,7 +85,7 @@ def open_embedded_weights(name: str) -> Weights | None:
 def build_config(name: str) -> dict[str, Any]:
     """`config.json` of a tag, as timm writes it, under timm's own architecture name."""
     cfg = facts_of(name)
-    architecture, model_args = TIMM_TWINS[cfg.architecture]
+    architecture, model_args = TIMM_TWINS[str(cfg.architecture)]
     with torch.device("meta"):
         with_sizes = timm.create_model(architecture, num_classes=0, **model_args)
     kept = ("tag", "fixed_input_size", "crop_pct", "interpolation", "first_conv", "classifier", "license", "paper_ids")

@@ -3,20 +3,6 @@
 from torch import Tensor
 
 
-def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring every patch to zero mean and unit variance (MAE, section 4: "normalised pixels").
-
-    Args:
-        patches: (N, L, p*p*3).
-
-    Returns:
-        The normalised patches, and the mean and standard deviation (N, L, 1) that undo it.
-    """
-    mean = patches.mean(dim=-1, keepdim=True)
-    std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
-
-
 def patch_error(pred: Tensor, target: Tensor, mask: Tensor | None, power: int) -> Tensor:
     """Mean of |pred - target|^power over the hidden patches (MAE, section 3) or over the whole image.
 

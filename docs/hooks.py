@@ -1,0 +1,46 @@
+"""Pages of the site that are files of the repository: `source:` in a page's head names the file."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "README.md": "index.md",
+    "training/README.md": "training.md",
+    "training/SCALE.md": "scale.md",
+    "training/miniature/README.md": "miniature.md",
+    "training/miniature/RESULTS.md": "miniature-results.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
+    """Put the file in place of the page, its links bent to where things are in the site."""
+    source = page.meta.get("source")
+    return bend_links((ROOT / source).read_text(encoding="utf-8"), source) if source else markdown
+
+
+def bend_links(text: str, source: str) -> str:
+    """Point relative links of a file to pages and files of the site; what is not in it becomes plain text.
+
+    Args:
+        text: Markdown.
+        source: The file's path in the repository.
+    """
+
+    def bend(link: re.Match[str]) -> str:
+        image, label, target, anchor = link.groups()
+        place = os.path.normpath(Path(source).parent / target)
+        if place in PAGES:
+            return f"{image}[{label}]({PAGES[place]}{anchor or ''})"
+        if place.startswith("docs/") and (ROOT / place).is_file():
+            return f"{image}[{label}]({place.removeprefix('docs/')})"
+        if not (ROOT / place).exists():
+            raise FileNotFoundError(f"{source} links to {target}, which does not exist")
+        return label if "`" in label else f"{label} (`{place}`)"
+
+    return _LINK.sub(bend, text)

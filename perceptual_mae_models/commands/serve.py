@@ -1,0 +1,64 @@
+"""`pmae serve`: a page to try the models on."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from perceptual_mae_models.serve.neighbours import NeighbourIndex
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """`pmae serve`: serves the page until interrupted."""
+    if find_spec("gradio") is None:
+        raise RuntimeError("the page needs gradio: pip install 'perceptual-mae-models[demo]'")
+    index = _read_folder(arguments) if arguments.folder else None
+    if not is_loopback(arguments.host):
+        print(
+            f"warning: {arguments.host} may be reached by other machines; the page has no password, and shows"
+            + (f" small pictures and names of the images in {arguments.folder}" if index else " nothing of this one"),
+            file=sys.stderr,
+        )
+
+    from perceptual_mae_models.features import default_device
+    from perceptual_mae_models.serve.bench import Workbench
+    from perceptual_mae_models.serve.page import build, launch
+    from perceptual_mae_models.serve.samples import samples
+
+    bench = Workbench(arguments.device or default_device(), index)
+    launch(build(bench, samples()), arguments.host, arguments.port)
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address or name."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_folder(arguments: argparse.Namespace) -> "NeighbourIndex":
+    from perceptual_mae_models.commands.images import Progress
+    from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
+    from perceptual_mae_models.images import find_images
+    from perceptual_mae_models.serve.neighbours import NeighbourIndex
+
+    files = find_images([arguments.folder])
+    extractor = FeatureExtractor(arguments.model, device=arguments.device)
+    progress = Progress(len(files))
+
+    def batches() -> Iterator[FeatureBatch]:
+        for batch in extractor.stream(files, skip_broken=True):
+            for broken in batch.broken:
+                progress.note(f"skipped {broken}")
+            progress.advance(len(batch.names) + len(batch.broken))
+            yield batch
+
+    try:
+        return NeighbourIndex(extractor, batches(), arguments.folder)
+    finally:
+        progress.clear()
