@@ -38,7 +38,7 @@ def bend_links(text: str, source: str) -> str:
         if place in PAGES:
             return f"{image}[{label}]({PAGES[place]}{anchor or ''})"
         if place.startswith("docs/") and (ROOT / place).is_file():
-            return f"{image}[{label}]({place.removeprefix('docs/')})"
+            return f"{image}[{label}]({place.removeprefix('docs/')}{anchor or ''})"
         if not (ROOT / place).exists():
             raise FileNotFoundError(f"{source} links to {target}, which does not exist")
         return label if "`" in label else f"{label} (`{place}`)"

@@ -436,9 +436,7 @@ def test_a_process_without_network_uses_its_cache_or_explains(tmp_path):
 
 def test_embedded_weights_load_without_the_hub(monkeypatch):
     assert EMBEDDED.is_file(), f"the embedded weights are missing: {EMBEDDED}"
-    monkeypatch.setattr(
-        "perceptual_mae_models.hub.hf_hub_download", Mock(side_effect=AssertionError("asked the Hub"))
-    )
+    monkeypatch.setattr("perceptual_mae_models.hub.hf_hub_download", Mock(side_effect=AssertionError("asked the Hub")))
     state = load_file(EMBEDDED)
     assert EMBEDDED.stat().st_size < 8_000_000
     assert set(state) == set(timm.create_model(PICO).state_dict())

@@ -98,7 +98,8 @@ import timm
 import torch
 from PIL import Image
 
-model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
+model = timm.create_model("hf-hub:{repository}", pretrained=True)
+model.eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 image = Image.new("RGB", (320, 240))  # yours
 with torch.inference_mode():
