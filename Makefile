@@ -10,11 +10,12 @@ DOWNSTREAM ?= tests/downstream
 TIMM_MODELS ?= vit_pico_patch8_pmae vit_tiny_patch16_pmae
 OLDEST_TIMM := $(shell sed -n 's/^ *"timm>=\([0-9.]*\)",$$/\1/p' pyproject.toml)
 
-.PHONY: help demo test lint format clean docs test-downstream test-timm
+.PHONY: help demo test lint format clean docs test-browser test-downstream test-timm
 help:
 	@echo "make demo    find similar photographs and rebuild masked ones with the embedded weights -> demo.png"
 	@echo "make test    all tests that need no GPU; set PMAE_DATA to the folder of image archives for those on real data"
 	@echo "make test-downstream  our encoders in transformers, smp, torchvision, scikit-learn, PEFT, ONNX: the real libraries"
+	@echo "make test-browser     the page of pmae serve in a headless Chromium, which must be installed"
 	@echo "make test-timm        timm's own model tests on our encoders, on the oldest and the newest timm"
 	@echo "make docs    the documentation as a site, in site/"
 	@echo "make lint    ruff and mypy"
@@ -29,6 +30,10 @@ test: .venv/.dev
 
 test-downstream: .venv/.downstream
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(DOWNSTREAM)
+
+# gradio takes Pillow back below 13 in .venv.
+test-browser: .venv/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_serve.py
 
 # Another timm before the installed one on the path, a few megabytes, rather than another environment with torch.
 test-timm: .venv/.dev
@@ -70,6 +75,11 @@ clean:
 .venv/.downstream: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev,downstream]"
+	touch $@
+
+.venv/.browser: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev,browser]"
 	touch $@
 
 .venv/.docs: pyproject.toml

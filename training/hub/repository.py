@@ -93,6 +93,7 @@ def build_config(name: str) -> dict[str, Any]:
         "architecture": architecture,
         "num_classes": 0,
         "num_features": with_sizes.num_features,
+        "dtype": "float32",  # for transformers, which would compute in the float16 of the file
         "global_pool": "token",
         **({"model_args": model_args} if model_args else {}),
         "pretrained_cfg": {
