@@ -25,6 +25,7 @@ from training.miniature.cells import (
     learning_labels,
     pretraining,
     split_train,
+    usual_speed,
 )
 from training.miniature.choice import choose, fit_epochs, plan
 from training.miniature.report import describe_study
@@ -145,6 +146,11 @@ def test_methods_of_a_seed_share_everything_but_themselves(tmp_path: Path) -> No
         shared.add(tuple(part for part in command if part not in hidden))
     assert len(cells) == len(ARMS)
     assert len(shared) == 1
+
+
+def test_the_speed_of_a_run_is_that_of_its_undisturbed_parts() -> None:
+    assert usual_speed([100.0] * 4 + [20.0] * 30) == pytest.approx(100, abs=1)
+    assert usual_speed([70.0]) == 70
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -291,6 +297,9 @@ def test_a_cell_runs_from_images_to_its_result_and_is_not_run_again(
     assert measured >= {("knn", "accuracy"), ("linear", "accuracy"), ("few_shot", "accuracy"), ("reconstruction", "fd")}
     assert str(tmp_path) not in json.dumps(found)
     assert "`mae`" in (out / "RESULTS.md").read_text()
+    main(out=out, report_only=True, html=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "epochs-mae-0/encoder.safetensors" in page
     capfd.readouterr()
     main(**arguments, only="epochs-mae-0", shorten=short)
     assert "$ python" not in capfd.readouterr().out

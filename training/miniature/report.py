@@ -147,9 +147,20 @@ def describe_study(found: Results) -> str:
         *(line for part in parts for line in describe_part(found, part)),
         *describe_tuning(found),
     ]
-    if any("curve" in result for result in found.values()):
+    if any(result.get("curve") for result in found.values()):
         lines.append(f"## While learning\n\n![k-NN against images seen and against time]({CURVES})\n")
     return "\n".join(lines)
+
+
+def list_evaluations(found: Results) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What `training/report` makes a page of: every cell's evaluations, without pictures, which no file here holds."""
+    for name, result in found.items():
+        for images, evaluation in result["evaluations"].items():
+            rows = [
+                {**row, "detail": {key: value for key, value in row["detail"].items() if key != "picture"}}
+                for row in evaluation["results"]
+            ]
+            yield Path(name, images, "results.json"), {**evaluation, "results": rows}
 
 
 def draw_curves(found: Results, path: Path) -> None:

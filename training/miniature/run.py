@@ -2,7 +2,7 @@
 
     python training/miniature/run.py --data DIR --fashion-mnist DIR          # every cell that has no result yet
     python training/miniature/run.py --data DIR --fashion-mnist DIR --only 'epochs-mae-*' --hours 2
-    python training/miniature/run.py --report-only                            # RESULTS.md of the results there are
+    python training/miniature/run.py --report-only --html report.html         # RESULTS.md of the results there are
     python training/miniature/run.py --list
 
 `--data` holds imagenette-128-{train,val}.tar, cifar10-{train,test}.tar.gz, camvid-240x180.tar and bccd-320x240.tar.
@@ -18,8 +18,9 @@ import tyro
 
 from training.miniature.cells import CellError, Place, run_cell
 from training.miniature.choice import Results, plan
-from training.miniature.report import CURVES, describe_study, draw_curves
+from training.miniature.report import CURVES, describe_study, draw_curves, list_evaluations
 from training.miniature.study import Cell
+from training.report.page import write_report as write_page
 
 HERE = Path(__file__).parent
 
@@ -52,7 +53,7 @@ def next_cell(found: Results, only: str) -> Cell | None:
 
 def write_report(found: Results, folder: Path) -> Path:
     """Write `RESULTS.md` and its picture into a folder; returns the former."""
-    if any("curve" in result for result in found.values()):
+    if any(result.get("curve") for result in found.values()):
         draw_curves(found, folder / CURVES)
     path = folder / "RESULTS.md"
     path.write_text(describe_study(found), encoding="utf-8")
@@ -75,6 +76,7 @@ def main(
     only: str = "*",
     hours: float = float("inf"),
     report_only: bool = False,
+    html: Path | None = None,
     list: bool = False,
     shorten: tuple[str, ...] = (),
 ) -> None:
@@ -89,6 +91,7 @@ def main(
         only: Cells to run, as a pattern of their names.
         hours: Begin no cell after so many.
         report_only: Write the report of the results there are.
+        html: Write all figures of all cells as a page too.
         list: List the cells and stop.
         shorten: Further flags of every pretraining run, to try the study itself.
     """
@@ -116,6 +119,9 @@ def main(
                 partial.replace(results / f"{cell.name}.json")
                 write_report(found, out)
         print(write_report(found, out))
+        if html:
+            write_page([*list_evaluations(found)], html)
+            print(html)
     except (ValueError, OSError, CellError) as error:
         raise SystemExit(f"run.py: {error}") from error
 
