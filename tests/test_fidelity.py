@@ -354,7 +354,7 @@ def test_batches_change_no_figure_and_the_seed_does(
 def test_one_pass_serves_all(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, recipe = open_autoencoder(MODEL)
     passes: list[int] = []
-    network.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    network.decoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
     judge = Responses(open_network("pixels:4", device="cpu"))
     source = ImageSource(photos)
     measured = measure_reconstruction(

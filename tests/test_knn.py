@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from perceptual_mae_models.features import FeatureExtractor
-from training.data.images import ImageSource
+from training.data.images import ImageSource, keep_some
 from training.evaluate.features import extract
 from training.evaluate.knn import knn_predict
 
@@ -64,10 +64,14 @@ def test_impossible_k_is_refused(k: int) -> None:
 
 
 @pytest.mark.slow
-def test_embedded_encoder_reaches_half_of_imagenette_val(real_data: Path) -> None:
+def test_embedded_encoder_knows_imagenettes_classes(real_data: Path) -> None:
+    # a fifth of the images: with all of them it is 54 %, of a random encoder 32 %
     extractor = FeatureExtractor("vit_pico_patch8_pmae", pool="avg")
-    bank, queries = (ImageSource(real_data / f"imagenette-128-{split}.tar") for split in ("train", "val"))
+    bank, queries = (
+        keep_some(ImageSource(real_data / f"imagenette-128-{split}.tar"), count)
+        for split, count in (("train", 1900), ("val", 800))
+    )
     assert bank.classes == queries.classes
     features = extract(extractor, bank), torch.tensor(bank.labels), extract(extractor, queries)
     accuracy = (knn_predict(*features, [20])[20] == torch.tensor(queries.labels)).double().mean().item()
-    assert accuracy >= 0.50
+    assert accuracy >= 0.42

@@ -12,10 +12,10 @@ from perceptual_mae_models import FeatureExtractor
 
 # %%
 digits = load_digits()
-some = slice(0, 600)
+some = slice(0, 400)
 images = [Image.fromarray((image * 255 / 16).astype(np.uint8)).resize((64, 64)) for image in digits.images[some]]
 extractor = FeatureExtractor("vit_pico_patch8_pmae", pool="cls+avg")
-features = extractor(images).numpy()  # (600, 384)
+features = extractor(images).numpy()  # (400, 384)
 
 # %%
 labels = digits.target[some]
