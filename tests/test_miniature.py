@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from training.evaluate.models import open_model
 from training.evaluate.options import Options
 from training.miniature.cells import (
     SUPERVISED,
+    CellError,
     Place,
     describe_machine,
     evaluation,
     learning_labels,
     pretraining,
+    run,
     split_train,
     usual_speed,
 )
@@ -303,8 +306,8 @@ def test_a_cell_runs_from_images_to_its_result_and_is_not_run_again(
     capfd.readouterr()
     main(**arguments, only="epochs-mae-0", shorten=short)
     assert "$ python" not in capfd.readouterr().out
-    with pytest.raises(SystemExit, match=r"code \d+ of: python .*pretrain.py mae"):
-        main(**arguments, only="epochs-mae_pixels-0", shorten=("--steps", "0"))
+    with pytest.raises(CellError, match=r"code 3 of: python -c .*exit"):
+        run([sys.executable, "-c", "raise SystemExit(3)  # exit"], work)
     assert len(read_cells(out / "results")) == 1
 
 

@@ -122,21 +122,42 @@ def _imports(file: Path) -> Iterator[str]:
             yield (node.module or "").partition(".")[0]
 
 
-@pytest.mark.parametrize(
-    ("module", "extra"),
-    [
-        ("perceptual_mae_models.cli", ""),
-        ("training.demo", "picture"),
-        ("training.pretrain", "train"),
-        ("training.evaluate.command", "evaluate"),
-        ("training.report.command", "evaluate"),
-    ],
-)
-def test_commands_import_what_their_extra_installs(module: str, extra: str) -> None:
-    ours = "[m.__file__ for name, m in sys.modules.items() if name.startswith(('training', 'perceptual_mae_models'))]"
-    script = f"import sys, {module}; print(*filter(None, {ours}), sep='\\n')"
-    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    names = {name for file in ran.stdout.splitlines() for name in _imports(Path(file))}
+EXTRA_OF_COMMAND = {
+    "perceptual_mae_models.cli": "",
+    "training.demo": "picture",
+    "training.pretrain": "train",
+    "training.evaluate.command": "evaluate",
+    "training.report.command": "evaluate",
+}
+_FILES_OF_EACH = """
+import json, os, sys
+import timm, torch  # once, for all children
+
+for module in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        __import__(module)
+        ours = [m for name, m in sys.modules.items() if name.startswith(("training", "perceptual_mae_models"))]
+        print(json.dumps([module, [m.__file__ for m in ours if m.__file__]]), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{module} cannot be imported")
+"""
+
+
+@pytest.fixture(scope="module")
+def files_of_commands() -> dict[str, list[str]]:
+    """Our files that each command imports before it does anything."""
+    command = [sys.executable, "-c", _FILES_OF_EACH, *EXTRA_OF_COMMAND]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(json.loads(line) for line in ran.stdout.splitlines())
+
+
+@pytest.mark.parametrize(("module", "extra"), EXTRA_OF_COMMAND.items())
+def test_commands_import_what_their_extra_installs(
+    module: str, extra: str, files_of_commands: dict[str, list[str]]
+) -> None:
+    names = {name for file in files_of_commands[module] for name in _imports(Path(file))}
     homes = metadata.packages_distributions()
     needed = _needed_by(extra) | {"perceptual-mae-models"}
     foreign = {name for name in names if name in homes and not {canonicalize_name(d) for d in homes[name]} & needed}

@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 _PANELS = {
     "autoencoder's loss": ("loss", "loss/"),
     "discriminator's loss": ("loss_d", "loss_d/"),
@@ -23,6 +20,10 @@ def save_curves(metrics: Path, path: Path) -> None:
         metrics: A run's `metrics.jsonl`.
         path: The PNG to write.
     """
+    # a second, by which every run would begin later
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = list(dict.fromkeys(name for line in lines for name in line))
     panels = {title: [name for name in names if _shown(name, keys)] for title, keys in _PANELS.items()}
