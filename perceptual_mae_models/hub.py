@@ -92,11 +92,13 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
         return fetch_file(repository, filename, cache_dir)
     try:
         manifest = fetch_manifest(repository, cache_dir)
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
         if repository.manifest_sha256:
             raise
-        # no network: what somebody put into the cache is all there is, with or without a manifest
-        return fetch_file(repository, filename, cache_dir, local=True)
+        try:  # no network: what somebody put into the cache is all there is, with or without a manifest
+            return fetch_file(repository, filename, cache_dir, local=True)
+        except LocalEntryNotFoundError:
+            raise error from None  # which says why the Hub was not reached
     except EntryNotFoundError:
         if repository.manifest_sha256:
             raise
