@@ -22,10 +22,15 @@ TAG = "vit_pico_patch8_pmae.ms_ssim_imagenette"
 NAME = f"perceptual-mae/{TAG}"
 
 
+# Older clients remember in their sessions whether there is a network.
+forget_sessions = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A running Hub, which the client of this process talks to, with an empty cache."""
     running = Hub()
+    forget_sessions()
     constants = huggingface_hub.constants
     template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
@@ -84,7 +89,7 @@ def test_weights_come_from_the_hub_and_then_from_the_cache(
     assert_loaded(state)
     assert sum(line.startswith("GET") for line in server.requests) == downloads
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()  # older sessions remember the network
+    forget_sessions()
     asked = len(server.requests)
     assert_loaded(state)
     assert len(server.requests) == asked
