@@ -62,27 +62,12 @@ clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
 
 # One environment; each target adds the extras it needs. A changed pyproject.toml installs anew.
-.venv/.demo: pyproject.toml
+EXTRAS_demo := picture
+EXTRAS_dev := dev
+EXTRAS_downstream := dev,downstream
+EXTRAS_browser := dev,browser
+EXTRAS_docs := docs
+.venv/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[picture]"
-	touch $@
-
-.venv/.dev: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@
-
-.venv/.downstream: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev,downstream]"
-	touch $@
-
-.venv/.browser: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev,browser]"
-	touch $@
-
-.venv/.docs: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS_$*)]"
 	touch $@
