@@ -24,7 +24,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from perceptual_mae_models.images import ImageError
 from training.data.boxes import DetectionViews, Target, fit_to_canvas
 from training.data.coco import CocoSource, Objects, decode_masks, encode_mask, open_coco
-from training.evaluate.average_precision import Predictions, average_precision
+from training.evaluate.average_precision import AveragePrecision, Predictions, average_precision
 from training.evaluate.dense import DenseSettings, Mode, create_optimizer, learn
 from training.evaluate.features import combine, fingerprint_data, fingerprint_model
 from training.evaluate.models import open_model
@@ -216,6 +216,24 @@ def learn_detector(
     return network, {**detail, "strides": strides}, seconds
 
 
+def score(source: CocoSource, found: list[Predictions], settings: DetectionSettings) -> dict[str, AveragePrecision]:
+    """Average precision of boxes (`box`), and of masks (`mask`) where the source has them."""
+    truth = [source.objects(index) for index in range(len(source))]
+    kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", "box"), ("segm", "mask"))
+    return {
+        metric: average_precision(
+            truth,
+            found,
+            source.classes,
+            kind,
+            max_detections=settings.max_detections,
+            resamples=settings.resamples,
+            seed=settings.seed,
+        )
+        for kind, metric in kinds[: 1 + source.masks]
+    }
+
+
 def run_detection(name: str, settings: DetectionSettings, place: Place, groups: str | None = None) -> Iterator[Row]:
     """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
 
@@ -256,20 +274,7 @@ def run_detection(name: str, settings: DetectionSettings, place: Place, groups: 
         detail |= {"picture": picture.as_posix(), "data": data, "train_images": len(train), "test": test.reader.json}
         detail["duplicates"] = dataclasses.asdict(duplicates)
         detail |= {"dropped_boxes": {"train": train.dropped, "test": test.dropped}}
-        truth = [test.objects(index) for index in range(len(test))]
-        kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", "box"), ("segm", "mask"))
-        results = {
-            metric: average_precision(
-                truth,
-                found,
-                test.classes,
-                kind,
-                max_detections=settings.max_detections,
-                resamples=settings.resamples,
-                seed=settings.seed,
-            )
-            for kind, metric in kinds[: 1 + test.masks]
-        }
+        results = score(test, found, settings)
         seconds += time.monotonic() - started
         for metric, result in results.items():
             for ending, value in (("ap", result.ap), ("ap50", result.ap50)):
