@@ -77,6 +77,12 @@ def image_pyramid(images: Tensor, num_scales: int) -> tuple[Tensor, ...]:
     return tuple(pyramid)
 
 
+def hidden_pixels(mask: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
+    """Which pixels a mask (N, L) hides of images whose patches have that side: (N, 1, h*p, w*p) bool."""
+    pixels = mask.unsqueeze(-1).expand(-1, -1, patch_size**2)  # (N, L, p*p)
+    return unpatchify(pixels, patch_size, grid_size).bool()
+
+
 class Masking(NamedTuple):
     """Which patches are hidden, in the three forms that the networks and losses need."""
 

@@ -27,8 +27,8 @@ from perceptual_mae_models.autoencoder import (
     MaskedAutoencoder,
     Masking,
     build_autoencoder,
+    hidden_pixels,
     normalise_patches,
-    unpatchify,
 )
 from perceptual_mae_models.weights import CheckpointError
 
@@ -164,7 +164,7 @@ def rebuild(network: MaskedAutoencoder, images: Tensor, masking: Masking, *, nor
     if norm_pix_loss:
         _, mean, std = normalise_patches(target)
         pred = pred * std + mean
-    hidden = hidden_pixels(network, masking.mask)
+    hidden = hidden_pixels(masking.mask, network.patch_size, network.grid_size)
     rebuilt = network.to_images(pred)
     return Views(
         masked=torch.where(hidden, network.mean, images),  # 0 in the standardised space is ImageNet's mean colour
@@ -172,9 +172,3 @@ def rebuild(network: MaskedAutoencoder, images: Tensor, masking: Masking, *, nor
         pasted=torch.where(hidden, rebuilt, images),
         coarse=tuple(image.clamp(0, 1) for image in network.images(preds)[1:]),
     )
-
-
-def hidden_pixels(network: MaskedAutoencoder, mask: Tensor) -> Tensor:
-    """Which pixels a mask (N, L) hides: (N, 1, H, W) bool."""
-    pixels = mask.unsqueeze(-1).expand(-1, -1, network.patch_size**2)  # (N, L, p*p)
-    return unpatchify(pixels, network.patch_size, network.grid_size).bool()

@@ -33,7 +33,7 @@ from training.miniature.cells import (
 from training.miniature.choice import choose, fit_epochs, plan
 from training.miniature.report import describe_study
 from training.miniature.run import list_cells, main, next_cell, read_cells, write_report
-from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, TABLES, WEIGHTS, Cell
+from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, ON_TUNING_IMAGES, REMEDIES, TABLES, WEIGHTS, Cell
 
 ARM = {arm.name: arm for arm in ARMS}
 
@@ -59,6 +59,7 @@ def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
         "curve": [{"images": count, "knn": mean * count / 2000} for count in (1000, 2000)],
     }
     facts = {"part": cell.part, "arm": cell.arm, "number": cell.number, "method": cell.method}
+    facts["flags"] = [*cell.flags]
     return {"cell": facts, "evaluations": evaluations, "machine": {"processor": "made up"}, **made}
 
 
@@ -86,7 +87,7 @@ def test_a_study_ends_and_holds_what_the_protocol_says() -> None:
         ("stylegan2_ada_p", "ls_gan_p"),
     ]
     counts = {part: parts.count(part) for part in dict.fromkeys(parts)}
-    assert counts == {"floor": 3, "tune": len(WEIGHTS), "epochs": 3 * 7, "clock": 4, "long": 5}
+    assert counts == {"floor": 3, "tune": len(WEIGHTS), "remedy": 5, "epochs": 3 * 7, "clock": 4, "long": 5}
     assert len({arm.trials for arm in adversarial}) == 1
 
 
@@ -114,7 +115,7 @@ def test_figures_of_test_images_choose_nothing() -> None:
             "results": [row("linear", "lr=1", "accuracy", 1.0 if number == 0 else 0.0)]
         }
     assert choose(ARM["ls_gan_p"], found) == 2
-    assert EVALUATIONS["tune"] == ("tuning",)
+    assert {EVALUATIONS[part] for part in ON_TUNING_IMAGES} == {("tuning",)}
 
 
 def test_equal_time_is_that_of_the_first_seeds() -> None:
@@ -169,7 +170,7 @@ def test_intervals_over_seeds_are_students() -> None:
 
 def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     text = describe_study(complete())
-    assert "37 of 37 cells" in text
+    assert "42 of 42 cells" in text
     chapter = text[text.index("## Equal epochs") : text.index("## Equal time")]
     head = next(line for line in chapter.splitlines() if "k-NN" in line)
     assert [part.strip() for part in head.split("|")[1:-1]] == [
@@ -192,10 +193,25 @@ def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     assert "k-NN k=10" not in text
 
 
+def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None:
+    found = complete()
+    cells = {cell.arm: cell for _, cell in plan(found) if cell and cell.part == "remedy"}
+    for arm in REMEDIES:
+        assert cells[arm.name].flags == (*arm.flags, *(WEIGHTS[2] if arm.tried_with else ()))
+        assert (cells[arm.name].seed, cells[arm.name].epochs) == (0, TABLES["tune"].epochs)
+    text = describe_study(found)
+    rows = [line for line in text[text.index("## Remedies") :].splitlines() if line.startswith("| ")][2:]
+    assert [line.split(" | ")[0] for line in rows] == ["| ls_gan_p", *(f"| {arm.name}" for arm in REMEDIES)]
+    assert "| 72.0 [71.0, 73.0] |" in rows[0]
+    assert "--paste-visible" in rows[3]
+    del found["tune-ls_gan_p-0"]
+    assert dict(plan(found))["remedy-snapshot-0"] is None
+
+
 def test_a_study_that_has_just_begun_says_so() -> None:
     text = describe_study({})
-    assert "0 of 37 cells" in text
-    assert text.count("No cell of it has run yet.") == 3
+    assert "0 of 42 cells" in text
+    assert text.count("No cell of it has run yet.") == 4
     assert "No method's trials are complete yet." in text
     assert "![" not in text
 
@@ -256,10 +272,10 @@ def test_tuning_images_are_a_tenth_of_every_class_and_are_not_learned_from(image
     assert not names[0] & names[1]
     assert names[0] | names[1] == {whole.name(index) for index in range(len(whole))}
     assert [held.labels.count(label) for label in range(4)] == [6, 6, 6, 5]
-    tune = Cell(part="tune", arm="ls_gan_p", number=0, method="ls_gan_p")
-    command = pretraining(tune, place)
-    assert command[command.index("--data") + 1] == str(tmp_path / "tuning-train.tar")
-    assert "--knn-data" not in command
+    for part in ON_TUNING_IMAGES:
+        command = pretraining(Cell(part=part, arm="ls_gan_p", number=0, method="ls_gan_p"), place)
+        assert command[command.index("--data") + 1] == str(tmp_path / "tuning-train.tar")
+        assert "--knn-data" not in command
 
 
 def test_every_command_is_one_that_the_programs_understand(images: Path, tmp_path: Path) -> None:
@@ -273,7 +289,7 @@ def test_every_command_is_one_that_the_programs_understand(images: Path, tmp_pat
         script = next(index for index, part in enumerate(command) if part.endswith("evaluate.py"))
         tyro.cli(Options, args=command[script + 1 :])  # exits at a flag that does not exist
     flags = {frozenset(flag for flag in cell.flags if flag.startswith("--")): cell for cell in cells if cell.flags}
-    assert len(flags) == 4
+    assert len(flags) == 7
     for cell in flags.values():
         command = pretraining(cell, place)
         script = next(index for index, part in enumerate(command) if part.endswith("pretrain.py"))

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from perceptual_mae_models.autoencoder import image_pyramid, normalise_patches
 from training.draws import draw
 from training.networks import discriminator
-from training.penalties import penalties
+from training.penalties import Scene, penalties
 from training.recipes import METHODS, AdversarialRecipe, Recipe
-from training.step import clip_gradient, training_step
+from training.step import clip_gradient, reconstruction_loss, shown_images, training_step
 from training.team import NonFiniteGuard, Team, create_team
 
 PICO = "vit_pico_patch8_pmae"
@@ -104,6 +105,13 @@ def test_every_parameter_of_every_method_learns(method: str, step: int) -> None:
     assert all(gradient.isfinite().all() for gradient in collected.values())
 
 
+def test_hidden_patches_alone_teach_every_parameter_too() -> None:
+    ours = {"norm_pix_loss": True, "reconstruction": "l2", "loss_on": "hidden", "paste_visible": True}
+    collected, _ = gradients_of_step(tiny("ls_gan_p", **ours), 1)
+    usual, _ = gradients_of_step(tiny("ls_gan_p"), 1)
+    assert {name for name, gradient in collected.items() if gradient.any()} == usual.keys()
+
+
 @pytest.mark.parametrize("term", ["feature", "style", "adversarial"])
 @pytest.mark.parametrize("method", ["ls_gan_p", "msg_gan_p", "stylegan2_ada_p"])
 def test_each_term_alone_reaches_the_autoencoder_and_not_the_discriminator(method: str, term: str) -> None:
@@ -143,9 +151,43 @@ def test_feature_and_style_are_zero_for_a_perfect_reconstruction(monkeypatch: py
         assert scalars[term].abs() < 1e-5 * imperfect[term]
 
 
-def pyramid_of(team: Team, images: Tensor) -> tuple[Tensor, ...]:
-    from perceptual_mae_models.autoencoder import image_pyramid
+@pytest.mark.parametrize("method", ["ls_gan_p", "msg_gan_p"])
+def test_pasted_images_teach_the_hidden_patches_alone_at_every_scale(method: str) -> None:
+    team = create_team(tiny(method, paste_visible=True), CPU)
+    network, images, noise = team.network, photographs(), torch.rand(8, 64)
+    output = network(images, noise)
+    for pred in output.preds:
+        pred.retain_grad()
+    real = image_pyramid(images, network.num_scales)
+    shown = shown_images(
+        output, Scene(images, draw(team.recipe, 0, network, slice(0, 8)), real, ()), network, team.recipe
+    )
+    rebuilt = network.images(output.preds)
+    torch.stack([(image * torch.rand_like(image)).sum() for image in shown]).sum().backward()
+    for pred, image, made, photograph in zip(output.preds, shown, rebuilt, real, strict=True):
+        learns = pred.grad.abs().sum(dim=2) > 0  # (N, L)
+        assert torch.equal(learns, output.mask.bool())
+        hidden = output.mask.view(8, 1, 8, 8).repeat_interleave(image.shape[2] // 8, 2)
+        hidden = hidden.repeat_interleave(image.shape[3] // 8, 3).bool().expand_as(image)
+        assert torch.equal(image[hidden], made[hidden])
+        assert torch.equal(image[~hidden], photograph[~hidden])
 
+
+def test_the_discriminator_sees_normalised_predictions_with_the_photographs_contrast() -> None:
+    team = create_team(tiny("ls_gan_p", norm_pix_loss=True, reconstruction="l2", loss_on="hidden"), CPU)
+    network, images = team.network, photographs()
+    scene = Scene(images, draw(team.recipe, 0, network, slice(0, 8)), (images,), ())
+    perfect, _, _ = normalise_patches(network.target(images))
+    output = network(images, scene.draws.mask)._replace(preds=(perfect,))
+    assert reconstruction_loss(output, images, network, team.recipe) < 1e-10
+    torch.testing.assert_close(shown_images(output, scene, network, team.recipe), (images,), atol=1e-5, rtol=0)
+    (flat,) = shown_images(output._replace(preds=(torch.zeros_like(perfect),)), scene, network, team.recipe)
+    means = torch.nn.functional.avg_pool2d(network.standardise(images), 8).mean(dim=1)  # of a patch over its colours
+    expected = network.unstandardise(means[:, None].repeat_interleave(8, 2).repeat_interleave(8, 3))
+    torch.testing.assert_close(flat, expected, atol=1e-5, rtol=0)
+
+
+def pyramid_of(team: Team, images: Tensor) -> tuple[Tensor, ...]:
     return tuple(image.clone().requires_grad_() for image in image_pyramid(images, team.network.num_scales))
 
 

@@ -30,7 +30,8 @@ class Recipe:
     loss_on: Literal["hidden", "image"] = "hidden"
     """Where l1 and l2 count: on the hidden patches or on the whole image. The SSIM losses need the whole image."""
     norm_pix_loss: bool = True
-    """Compare patches brought to zero mean and unit variance (better features) instead of plain pixels; l1, l2 only."""
+    """Compare patches brought to zero mean and unit variance (better features) instead of plain pixels; l1 and l2 of
+    one scale only. A discriminator then sees predictions with the mean and variance of the photograph's patches."""
     multi_scale: bool = False
     """Decoder with skips from the encoder and an image at every scale, instead of MAE's plain one."""
     decoder_dim: int = 512
@@ -78,7 +79,7 @@ class Recipe:
             "loss_on": (pixels or self.loss_on == "image", f"image for --reconstruction {self.reconstruction}"),
             "norm_pix_loss": (
                 not self.norm_pix_loss or (pixels and not self.multi_scale),
-                "off (--no-norm-pix-loss) for a loss of whole images",
+                "off (--no-norm-pix-loss) for SSIM and for several scales",
             ),
             "epochs": (self.epochs > 0, "above 0"),
             "steps": (self.steps is None or self.steps > 0, "above 0"),
@@ -133,6 +134,9 @@ class AdversarialRecipe(Recipe):
     """Epochs between renewals of the snapshot."""
     phi_file: str | None = None
     """Local weights for phi = timm:NAME, instead of the Hub's."""
+    paste_visible: bool = False
+    """Show the discriminator and phi the photograph's own visible patches beside the rebuilt hidden ones, so that all
+    they teach is about what was hidden. Ours, not the paper's."""
 
     d_width: int = 64
     """Width of the discriminator: channels of the first stage (one scale), or channels times resolution (multi-scale).
@@ -163,7 +167,7 @@ class AdversarialRecipe(Recipe):
 
     def _checks(self) -> dict[str, tuple[bool, str]]:
         phi_is_known = self.phi in ("discriminator", "snapshot") or self.phi.startswith("timm:")
-        at_least_zero = ("adversarial_weight", "feature_weight", "style_weight", "r1_gamma", "path_weight")
+        at_least_zero = ("adversarial_weight", "feature_weight", "style_weight", "r1_gamma")
         above_zero = ("d_width", "d_lr", "r1_every", "path_every", "phi_refresh", "ada_images")
         return {
             **super()._checks(),
@@ -171,7 +175,10 @@ class AdversarialRecipe(Recipe):
             **{name: (getattr(self, name) > 0, "above 0") for name in above_zero},
             "phi": (phi_is_known, "discriminator, snapshot or timm:NAME"),
             "phi_file": (self.phi_file is None or self.phi.startswith("timm:"), "given with --phi timm:NAME only"),
-            "norm_pix_loss": (not self.norm_pix_loss, "off (--no-norm-pix-loss): the discriminator sees whole images"),
+            "path_weight": (
+                self.path_weight == 0 or (self.path_weight > 0 and not self.norm_pix_loss),
+                "at least 0, and 0 with --norm-pix-loss",
+            ),
             "d_clip_grad": (self.d_clip_grad is None or self.d_clip_grad > 0, "above 0"),
             "path_decay": (0 < self.path_decay <= 1, "above 0 and at most 1"),
             "ada_target": (self.ada_target is None or -1 < self.ada_target < 1, "between -1 and 1"),

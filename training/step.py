@@ -23,7 +23,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from perceptual_mae_models.autoencoder import MaskedAutoencoder, Reconstruction, image_pyramid, normalise_patches
+from perceptual_mae_models.autoencoder import (
+    MaskedAutoencoder,
+    Reconstruction,
+    hidden_pixels,
+    image_pyramid,
+    normalise_patches,
+)
 from training.draws import Draws
 from training.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight
 from training.losses.perceptual import feature_matching, style_matching
@@ -31,8 +37,8 @@ from training.losses.pixel import patch_error
 from training.losses.regularizers import update_mean_length
 from training.losses.structural import ms_ssim_loss, ssim_l1
 from training.penalties import Scene, penalise
-from training.recipes import Recipe
-from training.team import Adversary, Player, Team, autocast
+from training.recipes import AdversarialRecipe, Recipe
+from training.team import Adversary, Player, Pyramid, Team, autocast
 
 Terms = dict[str, Tensor]
 """Scalars of a loss by name, with their weights; their sum is minimised."""
@@ -121,7 +127,7 @@ def adversarial_pass(
 
     with autocast(recipe, device_type):
         output: Reconstruction = team.player.model(images, draws.mask)
-    fake = network.images(output.preds)
+    fake = shown_images(output, scene, network, recipe)
     mark("autoencoder")
 
     scene = scene._replace(fake=tuple(image.detach() for image in fake))
@@ -156,6 +162,21 @@ def adversarial_pass(
     measured |= {f"loss_d/{name}": term for name, term in d_terms.items()}
     logits = {"logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()}
     return {"loss": total(terms), "loss_d": total(d_terms), **measured, **logits}
+
+
+def shown_images(
+    output: Reconstruction, scene: Scene, network: MaskedAutoencoder, recipe: AdversarialRecipe
+) -> Pyramid:
+    """What the discriminator and phi see of a prediction, at every scale of the decoder."""
+    preds = output.preds
+    if recipe.norm_pix_loss:  # of one scale
+        _, mean, std = normalise_patches(network.target(scene.images))
+        preds = (output.pred.float() * std + mean,)
+    fake = network.images(preds)
+    if recipe.paste_visible:
+        hidden = [hidden_pixels(output.mask, side, network.grid_size) for side in network.decoder.factors]
+        fake = tuple(torch.where(*parts) for parts in zip(hidden, fake, scene.real, strict=True))
+    return fake
 
 
 def reconstruction_loss(output: Reconstruction, images: Tensor, network: MaskedAutoencoder, recipe: Recipe) -> Tensor:

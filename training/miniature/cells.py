@@ -27,6 +27,7 @@ from training.miniature.study import (
     EVALUATIONS,
     JUDGED_IMAGES,
     MODEL,
+    ON_TUNING_IMAGES,
     SHOTS,
     SUPERVISED_STAGES,
     TRANSFER_FLAGS,
@@ -104,10 +105,10 @@ def learning(script: str, place: Place) -> list[str]:
 
 def pretraining(cell: Cell, place: Place) -> list[str]:
     """The command that trains a cell's autoencoder."""
-    data = split_train(place)[0] if cell.part == "tune" else place.train
+    data = split_train(place)[0] if cell.part in ON_TUNING_IMAGES else place.train
     command = [*learning("pretrain.py", place), cell.method, "--data", str(data), "--model", MODEL]
     command += ["--out", cell.name, "--epochs", f"{cell.epochs:g}", "--seed", str(cell.seed)]
-    if cell.part != "tune":
+    if cell.part not in ON_TUNING_IMAGES:
         command += ["--knn-data", str(place.test), "--knn-every", "5"]
     runtime = ["--workers", "0", "--cache-images", "--compile", "--grid-every", "0", "--resume", "auto"]
     return [*command, *cell.flags, *runtime, *place.shorten]

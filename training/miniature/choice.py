@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from training.miniature.study import ARMS, CLOCK, FLOORS, TABLES, Arm, Cell, Part
+from training.miniature.study import ARMS, CLOCK, FLOORS, REMEDIES, TABLES, Arm, Cell, Part
 
 Results = dict[str, dict[str, Any]]
 """Results by their cells' names."""
@@ -20,18 +20,19 @@ def list_figures(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {**row, "images": images}
 
 
-def tuning_accuracy(result: dict[str, Any]) -> float:
-    """The criterion: the linear probe's accuracy on the tuning images, in [0, 1]."""
+def tuning_figure(result: dict[str, Any]) -> dict[str, float]:
+    """The criterion: `mean`, `low` and `high` of the linear probe's accuracy on the tuning images, in [0, 1]."""
     (value,) = (
-        row["value"]["mean"] for row in list_figures(result) if (row["images"], row["protocol"]) == ("tuning", "linear")
+        row["value"] for row in list_figures(result) if (row["images"], row["protocol"]) == ("tuning", "linear")
     )
-    return float(value)
+    figure: dict[str, float] = value
+    return figure
 
 
 def tried(arm: Arm, found: Results) -> list[float] | None:
     """The criterion of every trial of an arm; None until all have run."""
     names = [f"tune-{arm.name}-{number}" for number in range(len(arm.trials))]
-    return [tuning_accuracy(found[name]) for name in names] if all(name in found for name in names) else None
+    return [tuning_figure(found[name])["mean"] for name in names] if all(name in found for name in names) else None
 
 
 def choose(arm: Arm, found: Results) -> int | None:
@@ -60,10 +61,10 @@ def plan(found: Results) -> Iterator[tuple[str, Cell | None]]:
     for floor in FLOORS:
         yield f"floor-{floor}-0", Cell(part="floor", arm=floor, number=0)
     rounds: list[tuple[Part, int]] = [("tune", number) for number in range(TABLES["tune"].numbers)]
-    rounds += [("epochs", 0), ("clock", 0), ("long", 0)]
+    rounds += [("remedy", 0), ("epochs", 0), ("clock", 0), ("long", 0)]
     rounds += [("epochs", number) for number in range(1, TABLES["epochs"].numbers)]
     for part, number in rounds:
-        for arm in ARMS:
+        for arm in REMEDIES if part == "remedy" else ARMS:
             if takes_part(arm, part, number):
                 yield f"{part}-{arm.name}-{number}", _cell(part, arm, number, found)
 

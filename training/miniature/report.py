@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 from training.evaluate.intervals import Interval, student_interval
-from training.miniature.choice import FEATURES, Results, choose, list_figures, plan, tried
-from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, TABLES, Part
+from training.miniature.choice import ARM_NAMED, FEATURES, Results, choose, list_figures, plan, tried, tuning_figure
+from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, REMEDIES, TABLES, Part
 from training.report.markdown import write_tables
 from training.report.tables import Column, Entry, Figure, Figures, Table, build_table
 
@@ -126,6 +126,25 @@ def describe_tuning(found: Results) -> Iterator[str]:
     yield "\n".join(lines) + "\n" if len(lines) > 2 else "No method's trials are complete yet.\n"
 
 
+def describe_remedies(found: Results) -> Iterator[str]:
+    """What was changed to help, on the training images held back."""
+    yield f"## {TABLES['remedy'].title}\n"
+    yield (
+        f"As in the table of tuning: {TABLES['remedy'].epochs:g} epochs, linear probe on the tenth held back, %, with "
+        "its test's 95 % interval (one seed).\n"
+    )
+    lines = ["| name | method | flags | accuracy | minutes |", "| --- | --- | --- | --- | --- |"]
+    chosen = choose(ARM_NAMED["ls_gan_p"], found)
+    names = [f"tune-ls_gan_p-{chosen}", *(f"remedy-{arm.name}-0" for arm in REMEDIES)]
+    for result in (found[name] for name in names if name in found):
+        cell, value = result["cell"], Interval(**tuning_figure(result))
+        mean, low, high = (f"{100 * number:.1f}" for number in (value.mean, value.low, value.high))
+        flags = " ".join(cell["flags"]) or "none"
+        minutes = f"{result['cost']['seconds'] / 60:.0f}"
+        lines.append(f"| {cell['arm']} | {cell['method']} | {flags} | {mean} [{low}, {high}] | {minutes} |")
+    yield "\n".join(lines) + "\n" if len(lines) > 2 else "No cell of it has run yet.\n"
+
+
 def describe_study(found: Results) -> str:
     """`RESULTS.md`."""
     planned = [name for name, _ in plan(found)]
@@ -146,6 +165,7 @@ def describe_study(found: Results) -> str:
         + "\n",
         *(line for part in parts for line in describe_part(found, part)),
         *describe_tuning(found),
+        *describe_remedies(found),
     ]
     if any(result.get("curve") for result in found.values()):
         lines.append(f"## While learning\n\n![k-NN against images seen and against time]({CURVES})\n")

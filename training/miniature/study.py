@@ -31,7 +31,10 @@ CLOCK = "mae"
 FLOORS = ("pixels", "random", "supervised")
 """What nobody pretrained: the image itself, first weights, and the encoder that learns Imagenette's labels."""
 
-Part = Literal["floor", "tune", "epochs", "clock", "long"]
+ON_TUNING_IMAGES = ("tune", "remedy")
+"""Parts whose cells learn from nine tenths of the training images and are judged on the last tenth."""
+
+Part = Literal["floor", "tune", "remedy", "epochs", "clock", "long"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,23 @@ ARMS = (
     ),
 )
 
+HIDDEN = ("--loss-on", "hidden", "--paste-visible")
+"""Nothing is learned of patches that the encoder has seen."""
+REMEDIES = (
+    Arm(name="mae", method="mae", control=True),
+    Arm(name="l1_image", method="mae", flags=ARMS[-1].flags, control=True),
+    Arm(name="hidden", method="ls_gan_p", flags=HIDDEN, trials=WEIGHTS, tried_with="ls_gan_p"),
+    Arm(
+        name="hidden_norm",
+        method="ls_gan_p",
+        flags=(*HIDDEN, "--norm-pix-loss", "--reconstruction", "l2"),
+        trials=WEIGHTS,
+        tried_with="ls_gan_p",
+    ),
+    Arm(name="snapshot", method="ls_gan_p", flags=("--phi", "snapshot"), trials=WEIGHTS, tried_with="ls_gan_p"),
+)
+"""What may help `ls_gan_p`, with the weights taken for it, and the controls it is to be held against."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -89,6 +109,7 @@ class Table:
 
 TABLES: dict[Part, Table] = {
     "tune": Table(title="Tuning", epochs=10, numbers=len(WEIGHTS), controls=False),
+    "remedy": Table(title="Remedies", epochs=10, numbers=1),
     "epochs": Table(title="Equal epochs", epochs=30, numbers=3),
     "clock": Table(title="Equal time", epochs=30, numbers=1, controls=False),
     "long": Table(title="Long runs", epochs=100, numbers=1, controls=False),
@@ -117,12 +138,13 @@ class Cell:
     @property
     def seed(self) -> int:
         """Decides first weights, order, crops and masks: the same for every arm."""
-        return 0 if self.part == "tune" else self.number
+        return 0 if self.part in ON_TUNING_IMAGES else self.number
 
 
 EVALUATIONS: dict[Part, tuple[str, ...]] = {
     "floor": ("tuning", "imagenette", "cifar10", "fashion-mnist"),
     "tune": ("tuning",),
+    "remedy": ("tuning",),
     "epochs": ("imagenette",),
     "clock": ("imagenette",),
     "long": ("tuning", "imagenette", "finetune", "cifar10", "fashion-mnist", "dense"),
