@@ -281,6 +281,19 @@ def test_a_folder_with_a_run_is_not_overwritten_nor_continued_otherwise(photos: 
     assert (straight / "encoder.safetensors").read_bytes() == before
 
 
+def test_a_run_from_before_a_field_of_the_recipe_goes_on_as_long_as_the_field_is_at_its_default(
+    photos: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "old"
+    shutil.copytree(straight, out)
+    description = json.loads((out / "recipe.json").read_text())
+    assert description["recipe"].pop("weight_decay") == 0.05
+    (out / "recipe.json").write_text(json.dumps(description))
+    arguments = ("mae", "--data", photos, "--out", out, *TINY, "--steps", 8, "--ema-decay", 0.9, "--resume", "auto")
+    assert "recipe.weight_decay: was 0.05, now 1" in fail_here(*arguments, "--weight-decay", 1)
+    run_here(*arguments)
+
+
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "diverges"
     arguments = (*TINY, "--blr", 1e25, "--warmup", 0, "--steps", 20, "--checkpoint-every", 1)

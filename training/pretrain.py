@@ -89,7 +89,8 @@ def pretrain(config: Config) -> None:
         "total_steps": total_steps,
         "versions": versions(),
     }
-    checkpoint = find_checkpoint(out, description, resume=config.output.resume == "auto")
+    defaults = {field.name: field.default for field in dataclasses.fields(recipe) if field.name != "method"}
+    checkpoint = find_checkpoint(out, description, resume=config.output.resume == "auto", defaults=defaults)
     measure = create_measure(config, source, team, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()  # nobody may find the folder that this very run creates
     if accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ class RunError(RuntimeError):
     """A run that cannot start or go on; the message says what to do instead."""
 
 
-def find_checkpoint(out: Path, description: dict[str, Any], *, resume: bool) -> Path | None:
+def find_checkpoint(
+    out: Path, description: dict[str, Any], *, resume: bool, defaults: Mapping[str, Any] | None = None
+) -> Path | None:
     """Look into a run folder before anything is written to it.
 
     Args:
         out: The run folder, which need not exist.
         description: What `recipe.json` would record.
         resume: Go on if the folder holds a run.
+        defaults: Of the recipe: what a run did before a field was one.
 
     Returns:
         The checkpoint to go on from, or None for a fresh start.
@@ -33,7 +37,9 @@ def find_checkpoint(out: Path, description: dict[str, Any], *, resume: bool) -> 
         return None
     if not resume:
         raise RunError(f"{out} already holds a run: pass --resume auto to go on with it, or another --out")
-    _require_same(json.loads(path.read_text()), json.loads(json.dumps(description)), out)
+    old, new = json.loads(path.read_text()), json.loads(json.dumps(description))
+    old["recipe"] = json.loads(json.dumps(dict(defaults or {}))) | old["recipe"]
+    _require_same(old, new, out)
     return newest_checkpoint(out / "checkpoints")
 
 
