@@ -1,25 +1,10 @@
-"""Weighted k-nearest-neighbour accuracy of frozen features: DINO's protocol (Caron et al., ICCV 2021, section 4.1).
+"""Weighted k-nearest-neighbour accuracy of frozen features: DINO's protocol (Caron et al., ICCV 2021, section 4.1)."""
 
-    python training/evaluate/knn.py vit_pico_patch8_pmae --train imagenette-128-train.tar --val imagenette-128-val.tar
-
-The encoder is any name that `timm.create_model` takes; images go through the transform of its own cfg. Labels are the
-names of the folders that the images lie in.
-"""
-
-import json
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
-
-from perceptual_mae_models.features import FeatureExtractor, Pool
-from training.data.images import ImageSource
-from training.evaluate.features import extract
 
 
 @torch.no_grad()
@@ -69,52 +54,3 @@ def knn_predict(
             votes = torch.zeros(len(part), num_classes, device=bank.device)
             found.append(votes.scatter_add_(1, voted[:, :k], weights[:, :k]).argmax(dim=1))
     return {k: torch.cat(found) for k, found in predictions.items()}
-
-
-def main(
-    model: Annotated[str, tyro.conf.Positional],
-    train: Path,
-    val: Path,
-    pool: Pool = "avg",
-    k: int = 20,
-    checkpoint: Path | None = None,
-    random: bool = False,
-    json_file: Path | None = None,
-) -> None:
-    """Weighted k-NN accuracy on --val, with the images of --train as neighbours.
-
-    Args:
-        model: A timm model name, such as vit_pico_patch8_pmae.
-        train: Folder or tar with one folder a class: the neighbours.
-        val: The same for the images to classify.
-        pool: Mean of the patch tokens (avg) or class token (cls).
-        k: Number of neighbours.
-        checkpoint: A weights file to load instead of the model's own weights.
-        random: Random weights: what the architecture alone is worth.
-        json_file: Write the result here too.
-    """
-    torch.manual_seed(0)  # decides random weights, and nothing else here
-    extractor = FeatureExtractor(model, pool=pool, checkpoint=checkpoint, pretrained=not random)
-    bank_source, query_source = ImageSource(train), ImageSource(val)
-    if bank_source.classes != query_source.classes:
-        raise SystemExit(f"knn.py: {train} and {val} do not hold the same classes")
-    started = time.monotonic()
-    bank_labels = torch.tensor(bank_source.labels)
-    bank, queries = extract(extractor, bank_source), extract(extractor, query_source)
-    predictions = knn_predict(bank, bank_labels, queries, [k])[k]
-    accuracy = (predictions == torch.tensor(query_source.labels)).double().mean().item()
-    result = {
-        "protocol": f"weighted k-NN, cosine, k={k}, T=0.07, pool={pool}",
-        "bank": {"name": train.name, "images": len(bank_source)},
-        "queries": {"name": val.name, "images": len(query_source)},
-        "accuracy_percent": round(100 * accuracy, 2),
-        "weights": extractor.metadata["weights"],
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(json.dumps(result, indent=2))
-    if json_file:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    tyro.cli(main)
