@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
-from training.cost import matmul_peak, measure_cost
+from training.cost import matmul_peak, measure_cost, processor_name
 from training.data.images import ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler
 from training.draws import draw
@@ -271,11 +270,8 @@ def _resident_mb(field: str) -> float:
 
 def describe_machine(device: torch.device, peak: float, options: Options) -> dict[str, Any]:
     """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "matmul_peak_gflops": peak,

@@ -6,10 +6,12 @@ counted within seconds and without its memory.
 
 import dataclasses
 import functools
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -246,3 +248,10 @@ def _without_timm_phi(recipe: Recipe) -> Recipe:
 
 def _without_lazy_terms(recipe: Recipe) -> Recipe:
     return replace(recipe, r1_gamma=0.0, path_weight=0.0) if isinstance(recipe, AdversarialRecipe) else recipe
+
+
+def processor_name() -> str:
+    """What the operating system calls the CPU."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(": ")[2] if names else platform.processor()

@@ -6,7 +6,6 @@ The commands are those that anybody types. Each goes on where it was stopped, an
 import hashlib
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from training.cost import count_gflop
+from training.cost import count_gflop, processor_name
 from training.data.images import ImageSource
 from training.evaluate.features import Features
 from training.evaluate.split import hold_back
@@ -259,10 +258,8 @@ def usual_speed(found: Sequence[float]) -> float:
 
 def describe_machine() -> dict[str, str]:
     """What decides the bits of a run besides versions."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
-        "processor": names[0].partition(": ")[2] if names else platform.processor(),
+        "processor": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
     }
