@@ -1,6 +1,7 @@
 """What a recipe costs: counted figures against closed forms, and the dry run that prints them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_a_larger_run_is_not_estimated_without_asking(capsys: pytest.CaptureFixt
     arguments = ["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--images", "1280", "--epochs", "10"]
     pretrain.main(arguments)
     assert "100 of 128 images; 1280 images an epoch" in capsys.readouterr().out
+
+
+def test_a_dry_run_needs_no_run_folder_and_says_whose_batch_does_not_fit(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.main(["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--data", str(photos)])
+    assert "24 images an epoch" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"multiple of 32 for 8 process.*--devices says how many processes are meant"):
+        pretrain.main(["debug", "--dry-run"])
+    pretrain.main(["debug", "--dry-run", "--devices", "1"])
+    assert "GFLOP per image" in capsys.readouterr().out
 
 
 def test_matmul_peak_is_a_speed_of_this_machine() -> None:

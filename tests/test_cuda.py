@@ -69,11 +69,11 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     team = create_team(tiny("stylegan2_ada_p"), CUDA)
     for step in range(5):
         run_step(team, step, CUDA)
-    draws = draw(team.recipe, 5, team.network, slice(0, 8)).to(CUDA)
+    draws = draw(team.recipe, 5, team.network, slice(0, 8))
     images = photographs().to(CUDA)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training_step(team, images, draws, 5)
+        training_step(team, images, draws.to(CUDA), 5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -36,7 +36,7 @@ def test_examples_run_without_a_network(
 def test_every_example_is_on_its_page() -> None:
     page = (DOCS / "examples.md").read_text()
     assert len(EXAMPLES) >= 4
-    assert all(f"examples/{example.name}" in page for example in EXAMPLES)
+    assert all(f'--8<-- "examples/{example.name}"' in page for example in EXAMPLES)
 
 
 def test_links_are_bent_to_the_site() -> None:
@@ -78,3 +78,6 @@ def test_the_site_builds(tmp_path: Path) -> None:
     api = (tmp_path / "site" / "api" / "index.html").read_text()
     assert "perceptual_mae_models.features.FeatureExtractor" in api
     assert "fetch_weights" in api
+    shown = (tmp_path / "site" / "examples" / "index.html").read_text()
+    assert all("# %%" in example.read_text() for example in EXAMPLES)
+    assert shown.count("# %%") >= len(EXAMPLES)

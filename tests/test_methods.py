@@ -166,6 +166,15 @@ def test_a_flag_of_another_method_is_refused(photos: Path, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tracker_that_is_not_installed_is_not_left_out(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
+    said = fail_here(*arguments("mae", photos, tmp_path / "out"), "--track", "tensorboard", "wandb")
+    assert "--track wandb: not installed" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_metrics_reach_tensorboard(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run_here(*arguments("mae", photos, tmp_path / "out"), "--track", "tensorboard")

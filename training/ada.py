@@ -45,10 +45,6 @@ class AdaNoise(NamedTuple):
         """The numbers of some of the samples."""
         return AdaNoise(*(numbers[part] for numbers in self))
 
-    def to(self, device: torch.device | str) -> "AdaNoise":
-        """Move to a device."""
-        return AdaNoise(*(numbers.to(device) for numbers in self))
-
 
 def draw_ada_noise(num: int, generator: torch.Generator) -> AdaNoise:
     """Draw for `num` samples, float32 on the CPU."""

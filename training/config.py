@@ -124,8 +124,15 @@ class Config:
         Raises:
             ValueError: If one of them was not given.
         """
-        data, out = self.output.data, self.output.out
-        if data is None or out is None:
+        feed, out = self.feed, self.output.out
+        if feed is None or out is None:
             raise ValueError("give --data (a folder or .tar of images) and --out (the run folder), or --dry-run")
+        return feed, out
+
+    @property
+    def feed(self) -> Feed | None:
+        """Where images come from, if that was given."""
         output = self.output
-        return Feed(data, output.split, output.column, output.epoch_images, self.runtime.cache_images), out
+        if output.data is None:
+            return None
+        return Feed(output.data, output.split, output.column, output.epoch_images, self.runtime.cache_images)

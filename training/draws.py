@@ -26,12 +26,16 @@ class Draws:
     """(N / 2, 3, H, W) normal: the direction in image space of the path length, for every second sample."""
 
     def to(self, device: torch.device) -> "Draws":
-        """Move to a device."""
+        """Move to a device; a GPU does not wait for it."""
+
+        def send(numbers: Tensor) -> Tensor:
+            return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+
         return Draws(
-            self.mask.to(device),
-            None if self.ada is None else self.ada.to(device),
-            None if self.epsilon is None else self.epsilon.to(device),
-            None if self.path is None else self.path.to(device),
+            send(self.mask),
+            None if self.ada is None else AdaNoise(*map(send, self.ada)),
+            None if self.epsilon is None else send(self.epsilon),
+            None if self.path is None else send(self.path),
         )
 
     def split(self, parts: int) -> Iterator["Draws"]:

@@ -11,9 +11,9 @@ The recipe of the embedded weights, and the paper's best method for ImageNet on 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 training/pretrain.py …
 
 `--dry-run` says what a command would do and cost. A killed run goes on with the same command and `--resume auto`, and
-ends with the same bits. A run folder holds `recipe.json`, `metrics.jsonl`, `checkpoints/`, `grids/` and, at the end,
-`curves.png`, `encoder.safetensors` and `decoder.safetensors`. `--knn-data` names labelled images on which the features
-are measured on the way.
+ends, on a CPU, with the same bits. A run folder holds `recipe.json`, `metrics.jsonl`, `checkpoints/`, `grids/` and, at
+the end, `curves.png`, `encoder.safetensors` and `decoder.safetensors`. `--knn-data` names labelled images on which the
+features are measured on the way.
 """
 
 import argparse
@@ -290,10 +290,13 @@ def steps_of(flag: str, epochs: float, num_images: int | None, batch_size: int) 
 def dry_run(config: Config) -> str:
     """What the command would do and cost."""
     estimate = config.estimate
-    check_batch(config.recipe, config.runtime, estimate.devices)
+    try:
+        check_batch(config.recipe, config.runtime, estimate.devices)
+    except ValueError as error:
+        raise ValueError(f"{error}; --devices says how many processes are meant, --dry-run takes 8") from error
     return describe(
         config.recipe,
-        num_images=(config.output.data and num_images(config.places[0].open())) or estimate.images,
+        num_images=(config.feed and num_images(config.feed.open())) or estimate.images,
         per_device=config.recipe.batch_size // (estimate.devices * config.runtime.micro_batches),
         peak_tflops=estimate.peak_tflops,
         utilisation=estimate.assumed_utilisation,

@@ -176,9 +176,13 @@ def create_encoder(recipe: Recipe) -> nn.Module:
     """The recipe's encoder with random weights.
 
     Raises:
-        ValueError: If timm does not know it.
+        ValueError: If it is none of ours: MAE's decoder and fixed positions ask for a certain ViT, which others with
+            the same modules are not.
     """
     check_model_name(recipe.model)
+    known = timm.list_models(module="vision_transformer_pmae")
+    if recipe.model.partition(".")[0] not in known:
+        raise ValueError(f"--model {recipe.model} is none that can be pretrained here: choose {', '.join(known)}")
     return timm.create_model(recipe.model, pretrained=False, num_classes=0)
 
 

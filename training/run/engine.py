@@ -39,16 +39,20 @@ def create_accelerator(out: Path, *, device: str = "auto", track: tuple[str, ...
         track: Where metrics go besides `metrics.jsonl`.
 
     Raises:
-        ValueError: If a GPU is asked for and there is none.
+        ValueError: If a GPU is asked for and there is none, or a tracker that is not installed.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no NVIDIA GPU")
     # without cpu=True, accelerate takes the processes of a launcher on a machine without GPUs for single ones
     use_cpu = device == "cpu" or not torch.accelerator.is_available()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",
         cpu=use_cpu,
         log_with=list(track) or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    found = {str(tracker) for tracker in accelerator.log_with}  # accelerate leaves out what is not installed
+    if missing := [name for name in track if name not in found]:
+        raise ValueError(f'--track {" ".join(missing)}: not installed; pip install -e ".[train,track]" brings it')
+    return accelerator
