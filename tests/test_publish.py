@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import yaml
 from hub_server import TOKEN, Hub, Repo
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_hub import server  # noqa: F401  (a fixture)
@@ -20,6 +22,7 @@ from test_hub import server  # noqa: F401  (a fixture)
 import perceptual_mae_models  # noqa: F401  (registers the encoders)
 from perceptual_mae_models.hub import IntegrityError
 from training import export, hub_configs, pretrain, publish
+from training.hub.card import describe_protocol
 from training.hub.repository import (
     TIMM_TWINS,
     build_config,
@@ -32,12 +35,20 @@ from training.hub.repository import (
 
 EMBEDDED = "vit_pico_patch8_pmae.mae_imagenette"
 REPOSITORY = f"perceptual-mae/{EMBEDDED}"
+OWN = "vit_pico_patch8_pmae.mae_smooth"
+OWN_FACTS: dict[str, Any] = {
+    "repo": "acme/pico_smooth",
+    "license": "mit",
+    "data_title": "24 smooth images",
+    "data_terms": "made for a test",
+    "hardware": "two cores",
+}
 EVALUATION = Path(__file__).parents[1] / "docs" / "evaluation"
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    write_repository(EMBEDDED, open_embedded_weights(EMBEDDED), tmp_path / EMBEDDED)
+    write_repository(facts_of(EMBEDDED), open_embedded_weights(EMBEDDED), tmp_path / EMBEDDED)
     return tmp_path / EMBEDDED
 
 
@@ -69,6 +80,10 @@ def test_drift_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         hub_configs.main(tmp_path, check=True)
     for name in (f"{EMBEDDED}/config.json", "vit_tiny_patch16_pmae.mae_in1k/README.md", "surplus/README.md"):
         assert name in str(caught.value)
+    (tmp_path / "surplus" / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match="surplus holds weights"):
+        hub_configs.main(tmp_path)
+    (tmp_path / "surplus" / "model.safetensors").unlink()
     hub_configs.main(tmp_path)
     assert hub_configs.find_drift(tmp_path) == []
 
@@ -82,7 +97,7 @@ def test_every_tag_of_ours_has_a_description_and_no_other() -> None:
 @pytest.mark.parametrize("architecture", TIMM_TWINS)
 def test_timms_own_architecture_is_ours(architecture: str) -> None:
     (tag, *_) = (tag for tag in registered_tags() if tag.startswith(f"{architecture}."))
-    config = build_config(tag)
+    config = build_config(facts_of(tag))
     with torch.device("meta"):
         theirs = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
         ours = timm.create_model(architecture)
@@ -133,8 +148,14 @@ def test_figures_in_the_card_are_those_of_the_evaluation() -> None:
     assert len(rows) == 9
 
 
+def test_few_labels_are_named_as_what_they_are() -> None:
+    row = {"protocol": "few_shot", "setting": "5%"}
+    assert describe_protocol(row) == "logistic regression on 5% of the labels, accuracy"
+    assert describe_protocol({**row, "setting": "10"}) == "logistic regression on 10 images a class, accuracy"
+
+
 def test_a_tag_without_weights_says_so_and_claims_nothing() -> None:
-    files = describe_files("vit_base_patch16_pmae.msg_gan_p_in1k", None)
+    files = describe_files(facts_of("vit_base_patch16_pmae.msg_gan_p_in1k"), None)
     assert files.keys() == {"config.json", "README.md"}
     card = files["README.md"]
     assert "**Recipe only.**" in card
@@ -168,29 +189,68 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_becomes_a_repository(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "vit_pico_patch8_pmae.ms_ssim_imagenette"
     with pytest.raises(SystemExit, match="--data-terms"):
-        export.main(str(run), name=name, to=tmp_path)
-    with pytest.raises(SystemExit, match="not a registered tag"):
-        export.main(str(run), name="vit_pico.mine", to=tmp_path, data_terms="ours", hardware="here")
-    export.main(str(run), name=name, to=tmp_path, data_terms="our own", hardware="two cores")
-    folder = tmp_path / name
+        export.main(str(run), name=OWN, to=tmp_path)
+    export.main(str(run), name=OWN, to=tmp_path, **OWN_FACTS)
+    folder = tmp_path / OWN
     publish.check_repository(folder)
-    assert {path.name for path in tmp_path.iterdir()} == {name}
+    assert {path.name for path in tmp_path.iterdir()} == {OWN}
     original, exported = load_file(run / "encoder.safetensors"), load_file(folder / "model.safetensors")
     assert original.keys() == exported.keys()
     assert all(torch.equal(original[key].half(), exported[key]) for key in original)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
-    assert "our own" in (folder / "README.md").read_text()
     assert json.loads((folder / "recipe.json").read_text())["cost"]["steps"] == 2
 
 
+def test_the_card_of_a_tag_of_ones_own_says_what_was_given(run: Path, tmp_path: Path, account: Hub) -> None:
+    export.main(str(run), name=OWN, to=tmp_path, **OWN_FACTS)
+    card = (tmp_path / OWN / "README.md").read_text()
+    assert "pretrained without labels on 24 smooth images as a masked autoencoder: it hides patches" in card
+    assert "24 images, made for a test" in card
+    assert "Imagenette" not in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert (metadata["license"], metadata.get("datasets")) == ("mit", None)
+    with pytest.raises(SystemExit, match="written for acme/pico_smooth, not for acme/other: write the folder again"):
+        publish.main(tmp_path / OWN, repo="acme/other")
+    publish.main(tmp_path / OWN)
+    for snippet in re.findall(r"```python\n(.+?)```", card, re.DOTALL):
+        namespace: dict[str, Any] = {}
+        exec(snippet, namespace)
+    assert namespace["extractor"]([Image.new("RGB", (80, 64))]).shape == (1, 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "message"),
+    [
+        ("vit_tiny_patch16_pmae.mine", {}, "whose encoder is a vit_pico_patch8_pmae"),
+        (
+            "vit_pico_patch8_pmae.mine",
+            {"repo": None},
+            "a tag of your own, which needs --repo, --license and --data-title",
+        ),
+        ("vit_pico_patch8_pmae.a.b", {}, "is not <architecture>.<tag>"),
+        (EMBEDDED, {}, "--license and --data-title are for tags of your own"),
+        (EMBEDDED, {"license": None, "data_title": None}, r"Imagenette's 9469 images, but .* is mae on 24 of photos"),
+        (
+            "vit_pico_patch8_pmae.ms_ssim_imagenette",
+            {"license": None, "data_title": None},
+            "choose a tag of your own, such as vit_pico_patch8_pmae.mae_mine",
+        ),
+    ],
+)
+def test_no_card_says_what_is_not_true_of_the_run(
+    name: str, facts: dict[str, Any], message: str, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        export.main(str(run), name=name, to=tmp_path, **{**OWN_FACTS, **facts})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_becomes_files_of_the_package(run: Path, tmp_path: Path) -> None:
-    name = "vit_pico_patch8_pmae.ms_ssim_imagenette"
-    export.main(str(run), name=name, to=tmp_path, layout="package", data_terms="ours", hardware="here", dtype="float32")
-    provenance = json.loads((tmp_path / f"{name}.json").read_text())
-    assert {path.name for path in tmp_path.iterdir()} == {*provenance["files"], f"{name}.json"}
+    export.main(str(run), name=OWN, to=tmp_path, layout="package", dtype="float32", **OWN_FACTS)
+    provenance = json.loads((tmp_path / f"{OWN}.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {*provenance["files"], f"{OWN}.json"}
     for file, entry in provenance["files"].items():
         content = (tmp_path / file).read_bytes()
         assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
@@ -242,7 +302,7 @@ def test_an_upload_is_what_was_exported_and_loads_again(
 
 
 def test_a_branch_a_pull_request_and_another_organisation(
-    repository: Path, account: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    repository: Path, account: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish.main(repository)
     publish.main(repository, revision="next")
@@ -252,8 +312,12 @@ def test_a_branch_a_pull_request_and_another_organisation(
     assert "/discussions/1" in capsys.readouterr().out
     assert "refs/pr/1" in repo.branches
     monkeypatch.setenv("PMAE_HUB_ORG", "acme")
-    publish.main(repository)
-    publish.main(repository, repo="acme/pico")
+    for repo in (None, "acme/pico"):
+        export.main(EMBEDDED, to=tmp_path / "again", repo=repo)
+        publish.main(tmp_path / "again" / EMBEDDED)
+        said = capsys.readouterr().out
+        assert "PUBLISHED" not in said
+        assert f'timm.create_model("hf-hub:{repo or f"acme/{EMBEDDED}"}", pretrained=True)' in said
     assert {f"acme/{EMBEDDED}", "acme/pico"} <= account.repos.keys()
 
 

@@ -1,14 +1,21 @@
 """Turn a finished run into a repository that others load, or into the files that the package holds.
 
+    python training/export.py RUN --name vit_pico_patch8_pmae.mae_photos --repo acme/vit_pico_photos --license mit \
+        --data-title "our photographs" --data-terms TEXT --hardware TEXT
     python training/export.py RUN --name vit_pico_patch8_pmae.mae_imagenette --data-terms TEXT --hardware TEXT
     python training/export.py vit_pico_patch8_pmae.mae_imagenette   # the same of weights that are in the package
     python training/export.py RUN … --layout package --to perceptual_mae_models/pretrained
 
-Files go to hub_configs/NAME/, from where `training/publish.py` uploads them; `--results imagenette/results.json …`
+A name of `pmae list` says what weights are: architecture, method and images must be the run's. Any other tag is your
+own, and what it says comes with it.
+
+Files go to exports/NAME/, from where `training/publish.py` uploads them; `--results imagenette/results.json …`
 records figures of `training/evaluate.py`.
 """
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,18 +23,31 @@ import torch
 import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.models import PretrainedCfg
 
 from perceptual_mae_models.hub import WEIGHTS, sha256_of
-from training.hub.card import LABELS
-from training.hub.repository import DECODER, Weights, as_json, facts_of, open_embedded_weights, write_repository
+from training.hub.card import DATASETS, LABELS
+from training.hub.repository import (
+    DECODER,
+    Weights,
+    as_json,
+    facts_of,
+    facts_of_own,
+    is_registered,
+    open_embedded_weights,
+    write_repository,
+)
 from training.run.checkpoint import write_atomically
 
 
 def main(
     source: Annotated[str, tyro.conf.Positional],
     name: str | None = None,
-    to: Path = Path("hub_configs"),
+    to: Path = Path("exports"),
     layout: Literal["repository", "package"] = "repository",
+    repo: str | None = None,
+    license: str | None = None,
+    data_title: str | None = None,
     data_terms: str | None = None,
     hardware: str | None = None,
     dtype: Literal["float32", "float16"] = "float16",
@@ -40,10 +60,14 @@ def main(
     Args:
         source: A run folder that holds encoder.safetensors and decoder.safetensors, or a tag whose weights are in the
             package.
-        name: `<architecture>.<tag>` of a run's weights.
+        name: `<architecture>.<tag>` of a run's weights; a tag of `pmae list`, or one of your own.
         to: Folder to write to.
         layout: repository: TO/NAME/ with all files of a Hub repository. package: TO/NAME.safetensors,
             NAME.decoder.safetensors and NAME.json.
+        repo: ORGANISATION/NAME on the Hub, where training/publish.py will put it and the card says it is; by default
+            the tag's repository in the organisation of PMAE_HUB_ORG, or ours.
+        license: Of the weights under a tag of your own, as the Hub writes it: apache-2.0, cc-by-nc-4.0, other, ...
+        data_title: What the images of a tag of your own are: "pretrained without labels on ...".
         data_terms: Terms of use of a run's images.
         hardware: What the run was done on.
         dtype: Precision of a run's weights on disk.
@@ -55,13 +79,15 @@ def main(
         if Path(source).is_dir():
             if not (name and data_terms and hardware):
                 raise ValueError("a run needs --name, --data-terms and --hardware")
-            facts_of(name)
+            cfg = facts_of_run(Path(source), name, repo, license, data_title)
             targets = (to / name / WEIGHTS, to / name / DECODER)
             if layout == "package":
                 targets = (to / f"{name}.safetensors", to / f"{name}.decoder.safetensors")
             weights = export_run(Path(source), name, targets, data_terms, hardware, dtype)
+            if data_title:
+                weights.provenance["data"]["title"] = data_title
         elif embedded := open_embedded_weights(source):
-            weights = embedded
+            cfg, weights = facts_of_tag(source, repo), embedded
         else:
             raise ValueError(f"{source} is neither a run folder nor a tag whose weights are in the package")
         if results:
@@ -71,10 +97,56 @@ def main(
         if layout == "package":
             written = write_package_files(weights, to)
         else:
-            written = write_repository(weights.name, weights, to / weights.name)
+            written = write_repository(cfg, weights, to / weights.name)
     except (OSError, ValueError) as error:
         raise SystemExit(f"export.py: {error}") from error
     print("\n".join(f"wrote {path}" for path in written))
+
+
+def facts_of_tag(name: str, repo: str | None) -> PretrainedCfg:
+    """The facts of a registered tag, in the repository that was asked for.
+
+    Raises:
+        ValueError: If it is not registered.
+    """
+    cfg, organisation = facts_of(name), os.environ.get("PMAE_HUB_ORG")
+    return replace(cfg, hf_hub_id=repo or (f"{organisation}/{name}" if organisation else cfg.hf_hub_id))
+
+
+def facts_of_run(
+    run: Path, name: str, repo: str | None, license_name: str | None, data_title: str | None
+) -> PretrainedCfg:
+    """The facts of the tag that a run's weights are to have, which must be true of the run.
+
+    Args:
+        run: Its folder.
+        name: `<architecture>.<tag>`.
+        repo: Its repository on the Hub.
+        license_name: Of the weights, for a tag of one's own.
+        data_title: Of the images, for a tag of one's own.
+
+    Raises:
+        FileNotFoundError: If there is no run.
+        ValueError: If the name says something else than the run, or something is missing.
+    """
+    description = json.loads((run / "recipe.json").read_text())
+    recipe, data = description["recipe"], description["data"]
+    if (built := recipe["model"].partition(".")[0]) != name.partition(".")[0]:
+        raise ValueError(f"{name} is not a name for {run}, whose encoder is a {built}")
+    if not is_registered(name):
+        if not (repo and license_name and data_title):
+            raise ValueError(f"{name} is a tag of your own, which needs --repo, --license and --data-title")
+        return facts_of_own(name, recipe["method"], repository=repo, license_name=license_name)
+    if license_name or data_title:
+        raise ValueError(f"--license and --data-title are for tags of your own: {name} says its own")
+    method, _, images = name.partition(".")[2].rpartition("_")
+    title, _, count = DATASETS[images]
+    if recipe["method"] != method or data["images"] not in (None, count):
+        raise ValueError(
+            f"{name} says {method} on {title}'s {count} images, but {run} is {recipe['method']} on {data['images']} of "
+            f"{data['name']}: choose a tag of your own, such as {built}.{recipe['method']}_mine"
+        )
+    return facts_of_tag(name, repo)
 
 
 def export_run(run: Path, name: str, targets: tuple[Path, Path], data_terms: str, hardware: str, dtype: str) -> Weights:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from training.hub.repository import open_embedded_weights, registered_tags, write_repository
+from training.hub.repository import facts_of, open_embedded_weights, registered_tags, write_repository
 
 HERE = Path(__file__).parents[1] / "hub_configs"
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parents[1] / "hub_configs"
 def generate(folder: Path) -> None:
     """Write the describing files of every tag into `folder/<tag>/`."""
     for name in registered_tags():
-        write_repository(name, open_embedded_weights(name), folder / name, with_weights=False)
+        write_repository(facts_of(name), open_embedded_weights(name), folder / name, with_weights=False)
 
 
 def find_drift(folder: Path) -> list[str]:
@@ -47,6 +47,8 @@ def main(folder: Path = HERE, check: bool = False) -> None:
             raise SystemExit("hub_configs.py: not up to date: " + ", ".join(drift))
         return
     for name in {path.name for path in folder.glob("*")} - set(registered_tags()):
+        if any((folder / name).glob("*.safetensors")):
+            raise SystemExit(f"hub_configs.py: {folder / name} holds weights and is no registered tag's: move it away")
         shutil.rmtree(folder / name)
     generate(folder)
 

@@ -1,14 +1,14 @@
 """Upload a repository that `training/export.py` wrote to the Hugging Face Hub.
 
-    python training/publish.py hub_configs/vit_pico_patch8_pmae.mae_imagenette --dry-run    # what would be sent where
-    python training/publish.py hub_configs/vit_pico_patch8_pmae.mae_imagenette --repo acme/vit_pico --private
+    python training/publish.py exports/vit_pico_patch8_pmae.mae_imagenette --dry-run    # what would be sent where
+    python training/publish.py exports/vit_pico_patch8_pmae.mae_imagenette --private
     python training/publish.py FOLDER --pull-request
 
-`hf auth login` or HF_TOKEN says who you are; HF_ENDPOINT names another Hub. What was uploaded is pinned by the line it
-prints, in `perceptual_mae_models/hub.py`.
+`hf auth login` or HF_TOKEN says who you are; HF_ENDPOINT names another Hub. It goes to the repository that
+`training/export.py --repo` wrote the card for; a tag of this package is then pinned by the line that is printed, in
+`perceptual_mae_models/hub.py`.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ def main(
 
     Args:
         folder: What training/export.py wrote.
-        repo: ORGANISATION/NAME; by default the organisation of PMAE_HUB_ORG or ours, and the tag.
+        repo: ORGANISATION/NAME: where the folder was written for, which its card names.
         private: Create the repository so that only its organisation sees it. An existing one stays as it is.
         revision: Branch to upload to; it is created where it is missing.
         pull_request: Open a pull request against the branch instead.
@@ -48,7 +48,7 @@ def main(
     """
     try:
         manifest = check_repository(folder)
-        target = repo or f"{os.environ.get('PMAE_HUB_ORG', HUB_ORGANISATION)}/{manifest['name']}"
+        target = find_target(folder, manifest, repo)
         api = HfApi()
         print(f"{target}, branch {revision}, on {api.endpoint}")
         for name, entry in sorted(manifest["files"].items()):
@@ -61,6 +61,9 @@ def main(
     except (OSError, ValueError, IntegrityError) as error:
         raise SystemExit(f"publish.py: {error}") from error
     print(commit.pr_url or commit.commit_url)
+    if target != f"{HUB_ORGANISATION}/{manifest['name']}":
+        print(f'It loads by timm.create_model("hf-hub:{target}", pretrained=True)')
+        return
     print("Pin it in PUBLISHED of perceptual_mae_models/hub.py, and take the tag's NOT_PUBLISHED note away:")
     print(f'    "{manifest["name"]}": Publication("{commit.oid}", "{sha256_of(folder / MANIFEST)}"),')
 
@@ -80,6 +83,21 @@ def check_repository(folder: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{folder / name} is missing: write the folder with training/export.py")
         check_file(folder / name, name, manifest, str(folder))
     return manifest
+
+
+def find_target(folder: Path, manifest: dict[str, Any], repo: str | None) -> str:
+    """The repository that a folder's card tells people to load.
+
+    Raises:
+        ValueError: If it is not the one asked for.
+    """
+    target = manifest.get("repository")
+    if not target or repo not in (None, target):
+        raise ValueError(
+            f"the card in {folder} was written for {target or 'no repository'}"
+            f"{f', not for {repo}' if repo else ''}: write the folder again with training/export.py … --repo"
+        )
+    return str(target)
 
 
 def upload(

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import perceptual_mae_models  # noqa: F401  registers the encoders
-from training.hub.repository import open_embedded_weights, write_repository
+from training.hub.repository import facts_of, open_embedded_weights, write_repository
 
 PICO = "vit_pico_patch8_pmae"
 
@@ -31,5 +31,5 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / name
     weights = open_embedded_weights(name)
     assert weights is not None
-    write_repository(name, weights, folder)
+    write_repository(facts_of(name), weights, folder)
     return folder

@@ -6,6 +6,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import PretrainedCfg
 
+from perceptual_mae_models.hub import HUB_ORGANISATION
+
 METHODS = {
     "mae": "a masked autoencoder: it hides patches of an image and learns to rebuild them by squared error",
     "ms_ssim": "a masked autoencoder that learns to rebuild whole images by structural similarity and L1",
@@ -22,11 +24,15 @@ METHODS = {
         " discriminator that learns beside it, and StyleGAN2's adversary with adaptive augmentation"
     ),
 }
-DATASETS = {"in1k": ("ImageNet-1K", "ILSVRC/imagenet-1k"), "imagenette": ("Imagenette", "frgfm/imagenette")}
+DATASETS = {
+    "in1k": ("ImageNet-1K", "ILSVRC/imagenet-1k", 1_281_167),
+    "imagenette": ("Imagenette", "frgfm/imagenette", 9_469),
+}
+"""What the end of a registered tag says of the training images: title, id on the Hub, how many there are."""
 LABELS = {
     "knn": "k-NN (weighted, {setting}), accuracy",
     "linear": "linear probe, accuracy",
-    "few_shot": "logistic regression on {setting} images a class, accuracy",
+    "few_shot": "logistic regression on {amount}, accuracy",
     "finetune": "fine-tuned, accuracy",
 }
 CITATIONS = """```bibtex
@@ -52,21 +58,24 @@ def write_card(cfg: PretrainedCfg, config: Mapping[str, Any], provenance: Mappin
     Args:
         cfg: timm's facts of it.
         config: Its `config.json`.
-        provenance: What `training/export.py` recorded; None for a tag without weights.
+        provenance: What `training/export.py` recorded, the title of the images included where the tag is not one of
+            ours; None for a tag without weights.
 
     Returns:
         Markdown; every figure in it is one of `provenance`, and is not there without it.
     """
     name = f"{cfg.architecture}.{cfg.tag}"
     method, _, data = str(cfg.tag).rpartition("_")
-    title, dataset = DATASETS[data]
+    title, dataset = DATASETS[data][:2] if data in DATASETS else (None, None)
+    if provenance:
+        method, title = provenance["recipe"]["method"], provenance["data"].get("title", title)
     size = f"{cfg.input_size[1]} x {cfg.input_size[2]}"
     metadata = ModelCardData(
         license=cfg.license,
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=["timm", "transformers", "vit", "masked-autoencoder", "self-supervised", "perceptual-mae"],
-        datasets=[dataset],
+        datasets=[dataset] if dataset else None,
         model_name=name if provenance else None,
         eval_results=list(list_results(provenance)) or None if provenance else None,
     )
@@ -107,13 +116,22 @@ with torch.inference_mode():
     tokens = model.forward_features(transform(image).unsqueeze(0))  # (1, 1 + {_patches(cfg)}, {config["num_features"]})
 ```
 """
-    yield "With `perceptual_mae_models`, which also checks the file's digest:\n"
-    yield f"""```python
+    if repository == f"{HUB_ORGANISATION}/{name}":
+        yield "With `perceptual_mae_models`, which also checks the file's digest:\n"
+        yield f"""```python
 import timm
 import perceptual_mae_models
 
 model = timm.create_model("{name}", pretrained=True)
 extractor = perceptual_mae_models.FeatureExtractor("{name}", pool="avg")
+```
+"""
+    else:
+        yield "With `perceptual_mae_models`, features of files, PIL images or arrays:\n"
+        yield f"""```python
+import perceptual_mae_models
+
+extractor = perceptual_mae_models.FeatureExtractor("hf-hub:{repository}", pool="avg")
 ```
 """
     yield (
@@ -150,7 +168,7 @@ def describe_results(provenance: Mapping[str, Any] | None) -> Iterator[str]:
     yield "| images | judged by | % |\n| --- | --- | --- |"
     for row in provenance["results"]:
         value = row["value"]
-        label = LABELS[row["protocol"]].format(setting=row["setting"])
+        label = describe_protocol(row)
         interval = f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
         yield f"| {row['images']} | {label}, {row['features'] or 'whole model'} | {interval} |"
     yield ""
@@ -177,9 +195,16 @@ def list_results(provenance: Mapping[str, Any]) -> Iterator[EvalResult]:
             dataset_type=row["images"].partition(" ")[0],
             dataset_name=row["images"],
             metric_type="accuracy",
-            metric_name=f"{LABELS[row['protocol']].format(setting=row['setting'])}, {row['features'] or 'whole model'}",
+            metric_name=f"{describe_protocol(row)}, {row['features'] or 'whole model'}",
             metric_value=round(100 * row["value"]["mean"], 2),
         )
+
+
+def describe_protocol(row: Mapping[str, Any]) -> str:
+    """How a figure was come by."""
+    setting = row["setting"]
+    amount = f"{setting} of the labels" if setting.endswith("%") else f"{setting} images a class"
+    return LABELS[row["protocol"]].format(setting=setting, amount=amount)
 
 
 def _patches(cfg: PretrainedCfg) -> int:

@@ -11,7 +11,7 @@ manifest.json            size and SHA-256 of all the others, which `perceptual_m
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,37 @@ def facts_of(name: str) -> PretrainedCfg:
     return cfg
 
 
+def is_registered(name: str) -> bool:
+    """Whether timm knows a tag of our architectures by that name."""
+    return name in timm.list_models(module="vision_transformer_pmae", include_tags=True)
+
+
+def facts_of_own(name: str, method: str, *, repository: str, license_name: str) -> PretrainedCfg:
+    """The facts of a tag that is registered nowhere: those that its architecture and method decide, and what is given.
+
+    Args:
+        name: `<architecture>.<tag>`.
+        method: Of the recipe; decides the paper that is named.
+        repository: ORGANISATION/NAME on the Hub.
+        license_name: Of the weights, as the Hub writes it.
+
+    Raises:
+        ValueError: If there is no such architecture, or the name or method is none that can be published.
+    """
+    architecture, _, tag = name.partition(".")
+    if architecture not in TIMM_TWINS or not tag or "." in tag:
+        raise ValueError(f"{name} is not <architecture>.<tag>; architectures: {', '.join(TIMM_TWINS)}")
+    twins = [facts_of(other) for other in registered_tags() if other.startswith(f"{architecture}.{method}_")]
+    if not twins:
+        raise ValueError(f"{method} is not a method whose weights are published")
+    return replace(twins[0], tag=tag, hf_hub_id=repository, license=license_name, file=None, notes=None)
+
+
+def name_of(cfg: PretrainedCfg) -> str:
+    """`<architecture>.<tag>`."""
+    return f"{cfg.architecture}.{cfg.tag}"
+
+
 def open_embedded_weights(name: str) -> Weights | None:
     """The weights of a tag that the package holds, with their provenance; None where it holds none."""
     encoder, decoder = EMBEDDED / f"{name}.safetensors", EMBEDDED / f"{name}.decoder.safetensors"
@@ -82,9 +113,8 @@ def open_embedded_weights(name: str) -> Weights | None:
     return Weights(name=name, encoder=encoder, decoder=decoder, provenance=provenance)
 
 
-def build_config(name: str) -> dict[str, Any]:
+def build_config(cfg: PretrainedCfg) -> dict[str, Any]:
     """`config.json` of a tag, as timm writes it, under timm's own architecture name."""
-    cfg = facts_of(name)
     architecture, model_args = TIMM_TWINS[str(cfg.architecture)]
     with torch.device("meta"):
         with_sizes = timm.create_model(architecture, num_classes=0, **model_args)
@@ -110,35 +140,34 @@ def build_config(name: str) -> dict[str, Any]:
     }
 
 
-def describe_files(name: str, weights: Weights | None) -> dict[str, str]:
+def describe_files(cfg: PretrainedCfg, weights: Weights | None) -> dict[str, str]:
     """The text files of a tag's repository by name; without weights only those that need none."""
-    config = build_config(name)
+    config = build_config(cfg)
     provenance = weights.provenance if weights else None
-    files = {CONFIG: as_json(config), CARD: write_card(facts_of(name), config, provenance)}
+    files = {CONFIG: as_json(config), CARD: write_card(cfg, config, provenance)}
     if provenance:
         files[RECIPE] = as_json({key: provenance[key] for key in ("recipe", "data", "cost", "versions")})
         files[RESULTS] = as_json({key: provenance[key] for key in ("final_metrics", "results")})
     return files
 
 
-def write_repository(name: str, weights: Weights | None, folder: Path, *, with_weights: bool = True) -> list[Path]:
+def write_repository(
+    cfg: PretrainedCfg, weights: Weights | None, folder: Path, *, with_weights: bool = True
+) -> list[Path]:
     """Write a tag's repository.
 
     Args:
-        name: `<architecture>.<tag>`.
+        cfg: Its facts, of `facts_of` or `facts_of_own`.
         weights: What is published; None for a tag that has none yet, whose page says so.
         folder: Where the files go.
         with_weights: Also copy the weights; without, everything that describes them.
 
     Returns:
         The files, the manifest last.
-
-    Raises:
-        ValueError: If the tag is not registered.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for file, text in describe_files(name, weights).items():
+    for file, text in describe_files(cfg, weights).items():
         (folder / file).write_text(text, encoding="utf-8")
         written.append(folder / file)
     if weights:
@@ -149,15 +178,16 @@ def write_repository(name: str, weights: Weights | None, folder: Path, *, with_w
                     (folder / file).write_bytes(source.read_bytes())
                 written.append(folder / file)
         entries = {path.name: path for path in written} | sources
-        (folder / MANIFEST).write_text(as_json(build_manifest(name, entries)), encoding="utf-8")
+        (folder / MANIFEST).write_text(as_json(build_manifest(cfg, entries)), encoding="utf-8")
         written.append(folder / MANIFEST)
     return written
 
 
-def build_manifest(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
-    """Sizes and digests of files, by the names they have in the repository."""
+def build_manifest(cfg: PretrainedCfg, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Where a tag's files are to go; their sizes and digests, by the names they have in the repository."""
     return {
-        "name": name,
+        "name": name_of(cfg),
+        "repository": cfg.hf_hub_id,
         "files": {
             file: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for file, path in sorted(files.items())
         },
