@@ -19,13 +19,18 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import PretrainedCfg
 
 HUB_ORGANISATION = "perceptual-mae"
-"""Whose repositories our tags name; the environment variable `PMAE_HUB_ORG` puts another in its place."""
+"""Whose repositories our tags name; the environment variable `PMAE_HUB_ORG` puts another in its place. Tags not in
+`PUBLISHED` are only asked for where the variable is set, be it to this."""
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 
 
 class IntegrityError(RuntimeError):
     """A file is not the one that its manifest describes: damaged, cut short or exchanged."""
+
+
+class NotPublishedError(LocalEntryNotFoundError):
+    """Weights that nobody has published as far as this version of the package knows."""
 
 
 class Publication(NamedTuple):
@@ -49,6 +54,8 @@ class Repository(NamedTuple):
     manifest_sha256: str | None
     ours: bool
     """Whether it is named after the tag, and so has a manifest."""
+    known: bool = True
+    """Whether this version of the package or the user says whose it is; who else took our name is not asked."""
 
     def __str__(self) -> str:
         return self.id + (f"@{self.revision}" if self.revision else "")
@@ -64,11 +71,12 @@ def find_repository(cfg: PretrainedCfg) -> Repository:
     ours = bool(cfg.tag) and name == f"{cfg.architecture}.{cfg.tag}"
     if not ours or organisation != HUB_ORGANISATION or revision:
         return Repository(repo_id, revision or None, None, ours)
-    if other := os.environ.get("PMAE_HUB_ORG"):
-        return Repository(f"{other}/{name}", None, None, True)
+    asked = os.environ.get("PMAE_HUB_ORG")
+    if asked and asked != HUB_ORGANISATION:
+        return Repository(f"{asked}/{name}", None, None, True)
     if known := PUBLISHED.get(name):
         return Repository(repo_id, known.revision, known.manifest_sha256, True)
-    return Repository(repo_id, None, None, True)
+    return Repository(repo_id, None, None, True, known=bool(asked))
 
 
 def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
@@ -116,11 +124,20 @@ def fetch_file(
     Raises:
         OSError: If it cannot be had.
     """
-    return Path(
-        hf_hub_download(
-            repository.id, filename, revision=repository.revision, cache_dir=cache_dir, local_files_only=local
+    local = local or not repository.known
+    try:
+        return Path(
+            hf_hub_download(
+                repository.id, filename, revision=repository.revision, cache_dir=cache_dir, local_files_only=local
+            )
         )
-    )
+    except LocalEntryNotFoundError:
+        if repository.known:
+            raise
+        raise NotPublishedError(
+            f"this version of perceptual_mae_models was made before any upload of {repository.id}, and does not load"
+            " what others may have put there; PMAE_HUB_ORG names an organisation to ask"
+        ) from None
 
 
 def fetch_manifest(

@@ -62,7 +62,8 @@ def as_files(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def published(server: Hub, state: dict[str, torch.Tensor]) -> Repo:
+def published(server: Hub, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Repo:
+    monkeypatch.setenv("PMAE_HUB_ORG", "perceptual-mae")
     repo = server.repos[NAME] = Repo()
     repo.commit(as_files(state))
     return repo
@@ -140,6 +141,24 @@ def test_a_revision_can_be_asked_for(published: Repo, state: dict[str, torch.Ten
     overlay = {"hf_hub_id": f"{NAME}@nowhere"}
     with pytest.raises(WeightsUnavailableError, match="nowhere"):
         timm.create_model(TAG, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_who_took_our_name_before_us_is_not_asked(
+    server: Hub, published: Repo, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PMAE_HUB_ORG")
+    message = refused(WeightsUnavailableError)
+    assert "before any upload of" in message
+    assert "not published yet" in message
+    assert not server.requests
+    manifest = hashlib.sha256(as_files(state)["manifest.json"]).hexdigest()
+    monkeypatch.setitem(hub.PUBLISHED, TAG, Publication(published.branches["main"], manifest))
+    assert_loaded(state)
+    monkeypatch.delitem(hub.PUBLISHED, TAG)
+    monkeypatch.setenv("PMAE_HUB_ORG", "perceptual-mae")
+    assert_loaded(state)
+    monkeypatch.delenv("PMAE_HUB_ORG")
+    assert_loaded(state)  # what is in the cache was asked for
 
 
 def test_another_organisation_can_stand_in(

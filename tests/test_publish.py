@@ -295,6 +295,7 @@ def test_an_upload_is_what_was_exported_and_loads_again(
     assert any(line.startswith("PUT /lfs/") for line in account.requests), "the weights went by Git LFS"
     out = capsys.readouterr().out
     assert f'"{EMBEDDED}": Publication("{repo.branches["main"]}", "' in out
+    monkeypatch.setenv("PMAE_HUB_ORG", "perceptual-mae")
     overlay = {"file": None, "hf_hub_id": REPOSITORY}
     pulled = timm.create_model(EMBEDDED, pretrained=True, pretrained_cfg_overlay=overlay)
     embedded = timm.create_model(EMBEDDED, pretrained=True).state_dict()

@@ -362,6 +362,7 @@ def test_the_filter_alone_needs_no_pretrained_cfg():
     ids=lambda error: type(error).__name__,
 )
 def test_hub_errors_are_explained(error, monkeypatch):
+    monkeypatch.setenv("PMAE_HUB_ORG", "perceptual-mae")
     monkeypatch.setattr("perceptual_mae_models.hub.hf_hub_download", Mock(side_effect=error))
     with pytest.raises(WeightsUnavailableError) as caught:
         timm.create_model("vit_tiny_patch16_pmae", pretrained=True, num_classes=5)
