@@ -422,11 +422,13 @@ def test_four_images_are_overfitted(method: str) -> None:
     squares = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     images = squares.repeat_interleave(16, 2).repeat_interleave(16, 3)  # (4, 3, 64, 64)
     mask = draw(recipe, 0, team.network, slice(0, 4)).mask
-    history = []
+    losses: list[float] = []
     for step in range(120):
         draws = replace(draw(recipe, step, team.network, slice(0, 4)), mask=mask)
-        history.append(training_step(team, images, draws, step)["loss/reconstruction"].item())
-    assert history[-1] < 0.6 * history[0]
+        losses.append(training_step(team, images, draws, step)["loss/reconstruction"].item())
+        if losses[-1] < 0.6 * losses[0]:
+            return
+    pytest.fail(f"from {losses[0]:.3f} to {losses[-1]:.3f} only")
 
 
 if __name__ == "__main__":
