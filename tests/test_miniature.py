@@ -30,7 +30,7 @@ from training.miniature.cells import (
     split_train,
     usual_speed,
 )
-from training.miniature.choice import choose, fit_epochs, plan
+from training.miniature.choice import choose, find_sixth, fit_epochs, plan
 from training.miniature.report import describe_study
 from training.miniature.run import list_cells, main, next_cell, read_cells, write_report
 from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, ON_TUNING_IMAGES, REMEDIES, TABLES, WEIGHTS, Cell
@@ -204,6 +204,13 @@ def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None
     assert [line.split(" | ")[0] for line in rows] == ["| ls_gan_p", *(f"| {arm.name}" for arm in REMEDIES)]
     assert "| 72.0 [71.0, 73.0] |" in rows[0]
     assert "--paste-visible" in rows[3]
+    assert find_sixth(found) == ""
+    assert "there is no sixth method" in text
+    for name, mean in (("hidden", 0.63), ("snapshot", 0.64)):  # linear: a tenth more
+        cell = cells[name]
+        found[cell.name] = result(cell, mean)
+    assert find_sixth(found) == "snapshot"
+    assert "`snapshot` is above" in describe_study(found)
     del found["tune-ls_gan_p-0"]
     assert dict(plan(found))["remedy-snapshot-0"] is None
 

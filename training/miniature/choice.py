@@ -43,6 +43,18 @@ def choose(arm: Arm, found: Results) -> int | None:
     return None if accuracies is None else accuracies.index(max(accuracies))
 
 
+def find_sixth(found: Results) -> str | None:
+    """The best remedy if it is above both controls and what it was to help; "" if none is; None until all have run."""
+    chosen = choose(ARM_NAMED["ls_gan_p"], found)
+    names = {arm.name: f"remedy-{arm.name}-0" for arm in REMEDIES} | {"ls_gan_p": f"tune-ls_gan_p-{chosen}"}
+    if any(name not in found for name in names.values()):
+        return None
+    accuracy = {arm: tuning_figure(found[name])["mean"] for arm, name in names.items()}
+    remedies = [arm.name for arm in REMEDIES if not arm.control]
+    best = max(remedies, key=lambda arm: accuracy[arm])
+    return best if all(accuracy[best] > accuracy[arm] for arm in accuracy if arm not in remedies) else ""
+
+
 def fit_epochs(arm: Arm, found: Results) -> float | None:
     """Epochs, to a tenth, that take as long as those of `CLOCK` in the table of equal epochs; None until both ran."""
     table = TABLES["epochs"]

@@ -11,7 +11,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 from training.evaluate.intervals import Interval, student_interval
-from training.miniature.choice import ARM_NAMED, FEATURES, Results, choose, list_figures, plan, tried, tuning_figure
+from training.miniature.choice import (
+    ARM_NAMED,
+    FEATURES,
+    Results,
+    choose,
+    find_sixth,
+    list_figures,
+    plan,
+    tried,
+    tuning_figure,
+)
 from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, REMEDIES, TABLES, Part
 from training.report.markdown import write_tables
 from training.report.tables import Column, Entry, Figure, Figures, Table, build_table
@@ -143,6 +153,13 @@ def describe_remedies(found: Results) -> Iterator[str]:
         minutes = f"{result['cost']['seconds'] / 60:.0f}"
         lines.append(f"| {cell['arm']} | {cell['method']} | {flags} | {mean} [{low}, {high}] | {minutes} |")
     yield "\n".join(lines) + "\n" if len(lines) > 2 else "No cell of it has run yet.\n"
+    sixth = find_sixth(found)
+    if sixth is not None:
+        yield (
+            f"`{sixth}` is above `ls_gan_p` and both controls, and becomes a sixth method.\n"
+            if sixth
+            else "No remedy is above `ls_gan_p` and both controls: there is no sixth method.\n"
+        )
 
 
 def describe_study(found: Results) -> str:
