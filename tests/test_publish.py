@@ -35,7 +35,7 @@ from training.hub.repository import (
 
 EMBEDDED = "vit_pico_patch8_pmae.mae_imagenette"
 REPOSITORY = f"perceptual-mae/{EMBEDDED}"
-OWN = "vit_pico_patch8_pmae.mae_smooth"
+OWN = "vit_pico_patch8_pmae.smooth_in1k"
 OWN_FACTS: dict[str, Any] = {
     "repo": "acme/pico_smooth",
     "license": "mit",

@@ -68,7 +68,9 @@ def write_card(cfg: PretrainedCfg, config: Mapping[str, Any], provenance: Mappin
     method, _, data = str(cfg.tag).rpartition("_")
     title, dataset = DATASETS[data][:2] if data in DATASETS else (None, None)
     if provenance:
-        method, title = provenance["recipe"]["method"], provenance["data"].get("title", title)
+        method = provenance["recipe"]["method"]
+        if own := provenance["data"].get("title"):
+            title, dataset = own, None
     size = f"{cfg.input_size[1]} x {cfg.input_size[2]}"
     metadata = ModelCardData(
         license=cfg.license,
