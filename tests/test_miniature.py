@@ -55,6 +55,7 @@ def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
         rows += [row("reconstruction", "hidden", "psnr", 20 + mean), row("reconstruction", "hidden", "kd", 5.0)]
     evaluations = {images: {"results": rows} for images in EVALUATIONS[cell.part]}
     made = {
+        "recipe": {"norm_pix_loss": cell.method == "mae" and not cell.flags},
         "cost": {"seconds": seconds, "images_per_second": 100.0, "gflop_per_image": 0.5},
         "curve": [{"images": count, "knn": mean * count / 2000} for count in (1000, 2000)],
     }
@@ -187,6 +188,7 @@ def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     assert "61.0** [58.5, 63.5]" in mae
     assert "| 1.000 | 0.500 |" in mae
     assert "`random`" in chapter
+    assert "Reconstructions of `mae` take each patch's mean and contrast from the original" in chapter
     assert "21.51" not in chapter
     assert "20.51" in chapter  # PSNR is no share: not cut at 1
     assert "| ls_gan_p | --feature-weight 1 --adversarial-weight 0.01 --r1-gamma 1 | 72.0 | yes |" in text

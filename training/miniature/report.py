@@ -111,6 +111,12 @@ def describe_part(found: Results, part: Part) -> Iterator[str]:
         else "One seed; intervals are those of the test images and hold nothing of what another seed would give."
     )
     yield f"{about} Features are `{FEATURES}`.\n"
+    helped = dict.fromkeys(r["cell"]["arm"] for r in cells if r["recipe"]["norm_pix_loss"])
+    if helped:
+        yield (
+            f"Reconstructions of {', '.join(f'`{arm}`' for arm in helped)} take each patch's mean and contrast from "
+            "the original, because its prediction has none: they are not to be compared with those of the others.\n"
+        )
     for images in EVALUATIONS[part]:
         for shown in (judges_features, judges_images, judges_dense):
             figures = gather(found, part, images, shown)
