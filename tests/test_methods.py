@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 from test_pretrain import fail_here, kill_after, losses, metrics, run, run_here
 
@@ -169,7 +170,7 @@ def test_a_flag_of_another_method_is_refused(photos: Path, tmp_path: Path, capsy
 def test_a_tracker_that_is_not_installed_is_not_left_out(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
     said = fail_here(*arguments("mae", photos, tmp_path / "out"), "--track", "tensorboard", "wandb")
     assert "--track wandb: not installed" in said
     assert not (tmp_path / "out").exists()

@@ -182,7 +182,7 @@ def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
         "pretraining minutes",
         "pretraining GFLOP an image",
     ]
-    mae = next(line for line in chapter.splitlines() if "`mae`" in line)
+    mae = next(line for line in chapter.splitlines() if "| `mae` |" in line)
     # 50, 51, 52: the mean and 4.302653 / sqrt(3) to both sides
     assert "51.0** [48.5, 53.5]" in mae
     assert "61.0** [58.5, 63.5]" in mae
