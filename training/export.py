@@ -83,9 +83,8 @@ def main(
             targets = (to / name / WEIGHTS, to / name / DECODER)
             if layout == "package":
                 targets = (to / f"{name}.safetensors", to / f"{name}.decoder.safetensors")
-            weights = export_run(Path(source), name, targets, data_terms, hardware, dtype)
-            if data_title:
-                weights.provenance["data"]["title"] = data_title
+            said = {"terms": data_terms, **({"title": data_title} if data_title else {})}
+            weights = export_run(Path(source), name, targets, said, hardware, dtype)
         elif embedded := open_embedded_weights(source):
             cfg, weights = facts_of_tag(source, repo), embedded
         else:
@@ -149,8 +148,10 @@ def facts_of_run(
     return facts_of_tag(name, repo)
 
 
-def export_run(run: Path, name: str, targets: tuple[Path, Path], data_terms: str, hardware: str, dtype: str) -> Weights:
-    """Write a run's encoder and decoder to two files and describe them.
+def export_run(
+    run: Path, name: str, targets: tuple[Path, Path], said: dict[str, str], hardware: str, dtype: str
+) -> Weights:
+    """Write a run's encoder and decoder to two files and describe them; `said` is what its images are said to be.
 
     Raises:
         FileNotFoundError: If the run has not ended.
@@ -170,7 +171,7 @@ def export_run(run: Path, name: str, targets: tuple[Path, Path], data_terms: str
     provenance = {
         "name": name,
         "recipe": description["recipe"],
-        "data": {**description["data"], "terms": data_terms},
+        "data": {**description["data"], **said},
         "cost": {"steps": progress["step"], "seconds": round(progress["seconds"]), "hardware": hardware},
         "final_metrics": progress["metrics"],
         "versions": description["versions"],
