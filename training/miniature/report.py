@@ -124,6 +124,11 @@ def describe_part(found: Results, part: Part) -> Iterator[str]:
                 yield write_tables({images: tabulate(figures)}, "images")
 
 
+def write_lines(lines: list[str], otherwise: str) -> str:
+    """A table of lines, or a sentence where it has a head alone."""
+    return ("\n".join(lines) if len(lines) > 2 else otherwise) + "\n"
+
+
 def describe_tuning(found: Results) -> Iterator[str]:
     """What was tried, on the training images held back, and what was taken."""
     yield f"## {TABLES['tune'].title}\n"
@@ -139,7 +144,7 @@ def describe_tuning(found: Results) -> Iterator[str]:
         for number, (flags, accuracy) in enumerate(zip(arm.trials, accuracies, strict=True)):
             taken = "yes" if number == choose(arm, found) else ""
             lines.append(f"| {arm.name} | {' '.join(flags) or 'none'} | {100 * accuracy:.1f} | {taken} |")
-    yield "\n".join(lines) + "\n" if len(lines) > 2 else "No method's trials are complete yet.\n"
+    yield write_lines(lines, "No method's trials are complete yet.")
 
 
 def describe_remedies(found: Results) -> Iterator[str]:
@@ -158,7 +163,7 @@ def describe_remedies(found: Results) -> Iterator[str]:
         flags = " ".join(cell["flags"]) or "none"
         minutes = f"{result['cost']['seconds'] / 60:.0f}"
         lines.append(f"| {cell['arm']} | {cell['method']} | {flags} | {mean} [{low}, {high}] | {minutes} |")
-    yield "\n".join(lines) + "\n" if len(lines) > 2 else "No cell of it has run yet.\n"
+    yield write_lines(lines, "No cell of it has run yet.")
     sixth = find_sixth(found)
     if sixth is not None:
         yield (
