@@ -1,5 +1,6 @@
 """The study: what is run in which order, what decides what, and a cell from images to its file of results."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -33,15 +34,27 @@ from training.miniature.cells import (
 from training.miniature.choice import choose, find_sixth, fit_epochs, plan
 from training.miniature.report import describe_study
 from training.miniature.run import list_cells, main, next_cell, read_cells, write_report
-from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, ON_TUNING_IMAGES, REMEDIES, TABLES, WEIGHTS, Cell
+from training.miniature.study import (
+    ARMS,
+    EVALUATIONS,
+    FLOORS,
+    MODEL,
+    ON_TUNING_IMAGES,
+    REMEDIES,
+    TABLES,
+    WEIGHTS,
+    Cell,
+    evaluations,
+)
 
 ARM = {arm.name: arm for arm in ARMS}
 
 
 def row(protocol: str, setting: str, metric: str, mean: float, half: float = 0.01) -> dict[str, Any]:
     value = {"mean": mean, "low": mean - half, "high": mean + half}
-    features = "" if protocol == "reconstruction" else "cls+avg"
-    return {"protocol": protocol, "setting": setting, "metric": metric, "value": value, "features": features}
+    features, detail = ("", {"weights": "a network"}) if protocol == "reconstruction" else ("cls+avg", {})
+    found = {"protocol": protocol, "setting": setting, "metric": metric, "features": features}
+    return {**found, "value": value, "detail": detail}
 
 
 def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
@@ -53,15 +66,16 @@ def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
     ]
     if cell.method:
         rows += [row("reconstruction", "hidden", "psnr", 20 + mean), row("reconstruction", "hidden", "kd", 5.0)]
-    evaluations = {images: {"results": rows} for images in EVALUATIONS[cell.part]}
+    if cell.arm == "pixels":
+        rows = [{**found, "features": "avg"} for found in rows if found["features"] == "cls+avg"]
+    made_of = {"data": {"test": {"fingerprint": "some images"}}, "settings": {"k": [20]}}
+    judged = {images: {"results": rows, **made_of} for images in evaluations(cell)}
     made = {
         "recipe": {"norm_pix_loss": cell.method == "mae" and not cell.flags},
         "cost": {"seconds": seconds, "images_per_second": 100.0, "gflop_per_image": 0.5},
         "curve": [{"images": count, "knn": mean * count / 2000} for count in (1000, 2000)],
     }
-    facts = {"part": cell.part, "arm": cell.arm, "number": cell.number, "method": cell.method}
-    facts["flags"] = [*cell.flags]
-    return {"cell": facts, "evaluations": evaluations, "machine": {"processor": "made up"}, **made}
+    return {"cell": dataclasses.asdict(cell), "evaluations": judged, "machine": {"processor": "made up"}, **made}
 
 
 def complete(mean: float = 0.5) -> dict[str, Any]:
@@ -179,6 +193,8 @@ def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
         "model",
         "k-NN k=20 accuracy, %",
         "linear accuracy, %",
+        "pretraining seeds",
+        "pretraining epochs",
         "pretraining minutes",
         "pretraining GFLOP an image",
     ]
@@ -186,13 +202,74 @@ def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     # 50, 51, 52: the mean and 4.302653 / sqrt(3) to both sides
     assert "51.0** [48.5, 53.5]" in mae
     assert "61.0** [58.5, 63.5]" in mae
-    assert "| 1.000 | 0.500 |" in mae
-    assert "`random`" in chapter
+    assert "| 3 | 30.0 | 1.0 | 0.500 |" in mae
+    assert all(f"`{floor}`" in chapter for floor in FLOORS)
     assert "Reconstructions of `mae` take each patch's mean and contrast from the original" in chapter
     assert "21.51" not in chapter
     assert "20.51" in chapter  # PSNR is no share: not cut at 1
     assert "| ls_gan_p | --feature-weight 1 --adversarial-weight 0.01 --r1-gamma 1 | 72.0 | yes |" in text
     assert "k-NN k=10" not in text
+
+
+def test_rows_say_how_many_seeds_they_are_of_and_what_sets_the_time_is_beside_the_others() -> None:
+    found = complete()
+    del found["epochs-ms_ssim-2"], found["epochs-ms_ssim-1"], found["epochs-mae-2"]
+    text = describe_study(found)
+    lines = {part: text[text.index(f"## {TABLES[part].title}") :].splitlines() for part in ("epochs", "clock")}
+    rows = {
+        (part, arm): next(line for line in lines[part] if f"| `{arm}` |" in line)
+        for part in lines
+        for arm in ("mae", "ms_ssim", "ls_gan_p")
+    }
+    assert rows["epochs", "mae"].endswith("| 2 | 30.0 | 1.0 | 0.500 |")
+    assert rows["epochs", "ms_ssim"].endswith("| 1 | 30.0 | 2.5 | 0.500 |")
+    assert "| 50.0 [49.0, 51.0] |" in rows["epochs", "ms_ssim"]
+    assert rows["clock", "mae"].endswith("| 1 | 30.0 | 1.0 | 0.500 |")
+    assert rows["clock", "ls_gan_p"].endswith("| 1 | 12.0 | 2.5 | 0.500 |")
+
+
+def test_bold_is_for_what_can_be_compared() -> None:
+    found = complete()
+    for name, result in found.items():
+        for row in (row for judged in result["evaluations"].values() for row in judged["results"]):
+            if name.startswith("floor") or (row["protocol"] == "reconstruction" and result["cell"]["arm"] == "mae"):
+                row["value"] = {"mean": 0.99, "low": 0.98, "high": 1.0} | (
+                    {"mean": 30} if row["metric"] == "psnr" else {}
+                )
+    chapter = describe_study(found)
+    chapter = chapter[chapter.index("## Equal epochs") : chapter.index("## Equal time")]
+    assert "30.00" in chapter
+    assert "**30.00**" not in chapter
+    assert "99.0 [98.0, 100.0]" in chapter
+    assert "**99.0**" not in chapter
+    assert "**51.0**" in chapter
+    assert "**20.51**" in chapter
+
+
+def test_figures_of_other_images_settings_or_networks_do_not_share_a_table() -> None:
+    for place, change in (
+        (("data", "test"), {"fingerprint": "others"}),
+        (("settings", "k"), [10]),
+        (("results", 4, "detail"), {"weights": "another network"}),
+    ):
+        found = json.loads(json.dumps(complete()))
+        *path, last = place
+        judged = found["epochs-mae-1"]["evaluations"]["imagenette"]
+        for key in path:
+            judged = judged[key]
+        assert judged[last] != change
+        judged[last] = change
+        with pytest.raises(ValueError, match=r"imagenette: .* of (epochs-mae-1|epochs-ms_ssim-1) is .*run one of them"):
+            describe_study(found)
+
+
+def test_nobody_is_judged_on_images_whose_labels_it_learned() -> None:
+    floors = [cell for _, cell in plan({}) if cell and cell.part == "floor"]
+    assert {cell.arm: "tuning" in evaluations(cell) for cell in floors} == {
+        "pixels": True,
+        "random": True,
+        "supervised": False,
+    }
 
 
 def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None:
@@ -230,6 +307,7 @@ def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
     results.mkdir()
     for name, found in complete().items():
         (results / f"{name}.json").write_text(json.dumps(found))
+    (results / ".partial_epochs-mae-0.json").write_text("{")  # of a study that was killed
     main(out=tmp_path, report_only=True)
     first = [(tmp_path / name).read_bytes() for name in ("RESULTS.md", "curves.png")]
     main(out=tmp_path, report_only=True)
@@ -319,7 +397,7 @@ def test_a_cell_runs_from_images_to_its_result_and_is_not_run_again(
     found = read_cells(out / "results")["epochs-mae-0"]
     assert found["cost"]["images"] == 16
     assert found["recipe"]["method"] == "mae"
-    assert found["machine"] == describe_machine()
+    assert found["machine"] == describe_machine(Place(data=images, fashion=images, work=work, processes=1))
     assert [point["images"] for point in found["curve"]] == [16]
     measured = {(row["protocol"], row["metric"]) for row in found["evaluations"]["imagenette"]["results"]}
     assert measured >= {("knn", "accuracy"), ("linear", "accuracy"), ("few_shot", "accuracy"), ("reconstruction", "fd")}
@@ -334,6 +412,10 @@ def test_a_cell_runs_from_images_to_its_result_and_is_not_run_again(
     with pytest.raises(CellError, match=r"code 3 of: python -c .*exit"):
         run([sys.executable, "-c", "raise SystemExit(3)  # exit"], work)
     assert len(read_cells(out / "results")) == 1
+    (out / "results" / "epochs-mae-0.json").unlink()  # a run that is there already must be the cell's
+    with pytest.raises(SystemExit, match=r"code 1 of: .*pretrain\.py mae .*--steps 3"):
+        main(**arguments, only="epochs-mae-0", shorten=("--steps", "3", *short[2:]))
+    assert "steps" in capfd.readouterr().err
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from test_hub import server  # noqa: F401  (a fixture)
 import perceptual_mae_models  # noqa: F401  (registers the encoders)
 from perceptual_mae_models.hub import IntegrityError
 from training import export, hub_configs, pretrain, publish
+from training.evaluate.models import describe_model
 from training.hub.card import describe_protocol
 from training.hub.repository import (
     TIMM_TWINS,
@@ -138,14 +140,38 @@ def test_the_card_tells_the_figures_of_the_run_and_no_others(repository: Path) -
 def test_figures_in_the_card_are_those_of_the_evaluation() -> None:
     weights = open_embedded_weights(EMBEDDED)
     assert weights is not None
-    names = ("imagenette", "cifar10", "fashion-mnist")
-    rows = [
-        row
-        for name in names
-        for row in export.read_results(EVALUATION / name / "results.json", "vit_pico_patch8_pmae", "cls+avg")
-    ]
+    files = [EVALUATION / name / "results.json" for name in ("imagenette", "cifar10", "fashion-mnist")]
+    prints = export.fingerprints_of(weights, Path(EMBEDDED))
+    rows = [row for file in files for row in export.read_results(file, prints, "cls+avg")]
     assert weights.provenance["results"] == rows
     assert len(rows) == 9
+
+
+def test_figures_are_found_by_the_weights_whatever_they_were_called(run: Path, tmp_path: Path) -> None:
+    results = json.loads((EVALUATION / "cifar10" / "results.json").read_text())
+    file = tmp_path / "photos" / "results.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="photos/results.json has no figures of these weights; it judges vit_pico"):
+        export.main(str(run), name=OWN, to=tmp_path, results=(file,), **OWN_FACTS)
+    mine = f"vit_pico_patch8_pmae@{run}/encoder.safetensors"
+    results["models"][mine] = describe_model(mine)
+    row = next(row for row in results["results"] if (row["protocol"], row["features"]) == ("linear", "cls+avg"))
+    results["results"].append({**row, "model": mine, "value": {"mean": 0.123, "low": 0.1, "high": 0.2}})
+    file.write_text(json.dumps(results))
+    export.main(str(run), name=OWN, to=tmp_path, results=(file,), **OWN_FACTS)
+    recorded = json.loads((tmp_path / OWN / "results.json").read_text())["results"]
+    assert [row["value"]["mean"] for row in recorded] == [0.123]
+    assert "12.3 [10.0, 20.0]" in (tmp_path / OWN / "README.md").read_text()
+
+
+def test_a_run_on_a_stream_has_a_card_too() -> None:
+    weights = open_embedded_weights(EMBEDDED)
+    assert weights is not None
+    data = {**weights.provenance["data"], "images": None}
+    streamed = replace(weights, provenance={**weights.provenance, "data": data})
+    files = describe_files(facts_of(EMBEDDED), streamed)
+    assert "- Data: a stream of images, " in files["README.md"]
 
 
 def test_few_labels_are_named_as_what_they_are() -> None:

@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 
 from perceptual_mae_models.hub import WEIGHTS, sha256_of
+from training.evaluate.features import fingerprint_weights
+from training.evaluate.models import open_model
 from training.hub.card import DATASETS, LABELS
 from training.hub.repository import (
     DECODER,
@@ -52,7 +54,6 @@ def main(
     hardware: str | None = None,
     dtype: Literal["float32", "float16"] = "float16",
     results: tuple[Path, ...] = (),
-    results_model: str | None = None,
     features: str = "cls+avg",
 ) -> None:
     """Export weights with everything that is known of them.
@@ -71,8 +72,8 @@ def main(
         data_terms: Terms of use of a run's images.
         hardware: What the run was done on.
         dtype: Precision of a run's weights on disk.
-        results: `results.json` files of training/evaluate.py to record, each called as its folder.
-        results_model: The model in them; by default the only one, or the architecture's own name.
+        results: `results.json` files of training/evaluate.py to record, each called as its folder; of the models in
+            them the one with these weights counts, whatever its name.
         features: Whose figures to record.
     """
     try:
@@ -90,9 +91,8 @@ def main(
         else:
             raise ValueError(f"{source} is neither a run folder nor a tag whose weights are in the package")
         if results:
-            architecture = weights.name.partition(".")[0]
-            rows = [row for file in results for row in read_results(file, results_model or architecture, features)]
-            weights.provenance["results"] = rows
+            prints = fingerprints_of(weights, Path(source))
+            weights.provenance["results"] = [row for file in results for row in read_results(file, prints, features)]
         if layout == "package":
             written = write_package_files(weights, to)
         else:
@@ -180,15 +180,29 @@ def export_run(
     return Weights(name=name, encoder=targets[0], decoder=targets[1], provenance=provenance)
 
 
-def read_results(file: Path, model: str, features: str) -> list[dict[str, Any]]:
-    """The accuracies of a model in a `results.json`.
+def fingerprints_of(weights: Weights, run: Path) -> set[str]:
+    """What `training/evaluate.py` knows these weights by: as they are, and as the run wrote them."""
+    architecture = weights.name.partition(".")[0]
+    files = (weights.encoder, run / "encoder.safetensors")
+    extractors = (open_model(f"{architecture}@{file}", device="cpu")[0] for file in files if file.is_file())
+    return {fingerprint_weights(extractor.model) for extractor in extractors}
+
+
+def read_results(file: Path, fingerprints: set[str], features: str) -> list[dict[str, Any]]:
+    """The accuracies of some weights in a `results.json`.
+
+    Args:
+        file: Which.
+        fingerprints: Of the weights, any of them.
+        features: The representation; figures of the whole model come with it.
 
     Raises:
         ValueError: If it has none.
     """
     found = json.loads(file.read_text(encoding="utf-8"))
-    names = list(found["models"])
-    chosen = names[0] if len(names) == 1 else model
+    chosen = [name for name, facts in found["models"].items() if facts.get("weights") in fingerprints]
+    if not chosen:
+        raise ValueError(f"{file} has no figures of these weights; it judges {', '.join(found['models'])}")
     rows = [
         {
             "images": f"{file.resolve().parent.name} ({found['data']['test']['images']:,} test images)",
@@ -196,14 +210,14 @@ def read_results(file: Path, model: str, features: str) -> list[dict[str, Any]]:
             "setting": "" if row["protocol"] == "linear" else row["setting"],
         }
         for row in found["results"]
-        if row["model"] == chosen
+        if row["model"] == chosen[0]
         and row["metric"] == "accuracy"
         and row["features"] in ("", features)
         and row["protocol"] in LABELS
         and (row["protocol"], row["setting"]) not in {("knn", f"k={k}") for k in (10, 100, 200)}
     ]
     if not rows:
-        raise ValueError(f"{file} has no accuracies of {chosen} with {features} features; its models: {names}")
+        raise ValueError(f"{file} has no accuracies of {chosen[0]} with {features} features")
     return rows
 
 

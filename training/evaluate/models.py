@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder
 from perceptual_mae_models.features import FeatureExtractor, Precision, check_model_name
-from training.evaluate.features import fingerprint_model
+from training.evaluate.features import fingerprint_model, fingerprint_weights
 from training.recipes import Recipe
 from training.weights import open_embedded, open_run
 
@@ -111,14 +111,15 @@ def _pixels(name: str) -> int:
 
 
 def describe_model(name: str, seed: int = 0) -> dict[str, int | float | str]:
-    """What a name stands for: a fingerprint of weights and transform, parameters, and the cost of an image.
+    """What a name stands for: fingerprints, parameters, and the cost of an image.
 
     Args:
         name: See the table above.
         seed: Decides random weights.
 
     Returns:
-        `fingerprint`, `parameters`, and `gflop`: 10^9 operations of a forward pass (a product and its sum are two).
+        `fingerprint` of everything that decides features, and of `weights` alone, `parameters`, and `gflop`: 10^9
+        operations of a forward pass (a product and its sum are two).
     """
     extractor, _ = open_model(name, device="cpu", seed=seed)
     # fused attention on the CPU is a single operation that the counter does not know
@@ -126,7 +127,8 @@ def describe_model(name: str, seed: int = 0) -> dict[str, int | float | str]:
         extractor.model.forward_features(torch.zeros(1, 3, *extractor.input_size))
     parameters = sum(parameter.numel() for parameter in extractor.model.parameters())
     gflop = counter.get_total_flops() / 1e9
-    return {"fingerprint": fingerprint_model(extractor), "parameters": parameters, "gflop": gflop}
+    prints = {"fingerprint": fingerprint_model(extractor), "weights": fingerprint_weights(extractor.model)}
+    return {**prints, "parameters": parameters, "gflop": gflop}
 
 
 def open_autoencoder(name: str) -> tuple[MaskedAutoencoder, Recipe]:

@@ -150,7 +150,8 @@ def describe_training(provenance: Mapping[str, Any] | None) -> Iterator[str]:
     recipe, data, cost = provenance["recipe"], provenance["data"], provenance["cost"]
     hours = cost["seconds"] / 3600
     yield "## Training\n"
-    yield f"- Data: {data['images']:,} images, {data['terms']}."
+    amount = "a stream of images" if data["images"] is None else f"{data['images']:,} images"
+    yield f"- Data: {amount}, {data['terms']}."
     yield (
         f"- Recipe: `{recipe['method']}`, {recipe['epochs']:g} epochs, batch {recipe['batch_size']}, base learning rate"
         f" {recipe['blr']:g} per 256 images, mask ratio {recipe['mask_ratio']:g}, seed {recipe['seed']}; all of it in"
@@ -166,7 +167,10 @@ def describe_results(provenance: Mapping[str, Any] | None) -> Iterator[str]:
     if not provenance or not provenance["results"]:
         return
     yield "## Results\n"
-    yield "Frozen features unless it says otherwise; brackets are 95 % intervals over the test images.\n"
+    yield (
+        "Frozen features unless it says otherwise; brackets are 95 % intervals over the test images, of logistic"
+        " regression over the draws of training images.\n"
+    )
     yield "| images | judged by | % |\n| --- | --- | --- |"
     for row in provenance["results"]:
         value = row["value"]
@@ -179,9 +183,10 @@ def describe_results(provenance: Mapping[str, Any] | None) -> Iterator[str]:
 def describe_limits(cfg: PretrainedCfg, provenance: Mapping[str, Any] | None) -> Iterator[str]:
     """What the weights are not for, and their terms."""
     yield "## Limits and licence\n"
-    if provenance and provenance["data"]["images"] < 100_000:
+    images = provenance and provenance["data"]["images"]
+    if images and images < 100_000:
         yield (
-            f"- Pretrained on {provenance['data']['images']:,} images: a small encoder for demonstrations, tests and"
+            f"- Pretrained on {images:,} images: a small encoder for demonstrations, tests and"
             " comparisons. Encoders that saw millions of images give much better features."
         )
     yield "- Features carry the biases of the photographs they were learned from. Nothing was filtered or balanced."

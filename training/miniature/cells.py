@@ -23,7 +23,6 @@ from training.data.images import ImageSource
 from training.evaluate.features import Features
 from training.evaluate.split import hold_back
 from training.miniature.study import (
-    EVALUATIONS,
     JUDGED_IMAGES,
     MODEL,
     ON_TUNING_IMAGES,
@@ -32,6 +31,7 @@ from training.miniature.study import (
     TRANSFER_FLAGS,
     TUNING_SHARE,
     Cell,
+    evaluations,
 )
 from training.weights import read_recipe
 
@@ -219,14 +219,14 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """
     prepare_networks(place)
     folder = place.work / cell.name
-    if cell.method and not (folder / "encoder.safetensors").exists():
+    if cell.method:  # a run that has ended takes no step, but is held against the recipe
         run(pretraining(cell, place), place.work)
     found: dict[str, Any] = {"cell": asdict(cell), "evaluations": {}}
-    for images in EVALUATIONS[cell.part]:
+    for images in evaluations(cell):
         run(evaluation(images, cell, place), place.work)
         results = folder / "evaluation" / images / "results.json"
         found["evaluations"][images] = json.loads(results.read_text())
-    return {**found, **(describe_run(folder) if cell.method else {}), "machine": describe_machine()}
+    return {**found, **(describe_run(folder) if cell.method else {}), "machine": describe_machine(place)}
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
@@ -256,10 +256,11 @@ def usual_speed(found: Sequence[float]) -> float:
     return statistics.quantiles(found, n=10, method="inclusive")[-1] if len(found) > 1 else found[0]
 
 
-def describe_machine() -> dict[str, str]:
-    """What decides the bits of a run besides versions."""
+def describe_machine(place: Place) -> dict[str, str]:
+    """What decides the bits of a run besides versions: the processor, processes that learned, threads that judged."""
     return {
         "processor": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "processes": str(place.processes),
         "threads": str(torch.get_num_threads()),
     }

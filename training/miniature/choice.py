@@ -8,15 +8,16 @@ from training.miniature.study import ARMS, CLOCK, FLOORS, REMEDIES, TABLES, Arm,
 Results = dict[str, dict[str, Any]]
 """Results by their cells' names."""
 FEATURES = "cls+avg"
-"""The representation of every figure."""
+"""The representation of every figure; of raw pixels, which have no class token, the only one there is."""
 ARM_NAMED = {arm.name: arm for arm in ARMS}
 
 
 def list_figures(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of a cell's evaluations, each with the name of the evaluation as `images`."""
     for images, evaluation in result["evaluations"].items():
+        able = any(row["features"] == FEATURES for row in evaluation["results"])
         for row in evaluation["results"]:
-            if row["features"] in ("", FEATURES):
+            if row["features"] in ("", FEATURES) or not able:
                 yield {**row, "images": images}
 
 

@@ -22,7 +22,7 @@ from training.miniature.choice import (
     tried,
     tuning_figure,
 )
-from training.miniature.study import ARMS, EVALUATIONS, FLOORS, MODEL, REMEDIES, TABLES, Part
+from training.miniature.study import ARMS, CLOCK, EVALUATIONS, FLOORS, MODEL, REMEDIES, TABLES, Part
 from training.report.markdown import write_tables
 from training.report.tables import Column, Entry, Figure, Figures, Table, build_table
 
@@ -49,6 +49,12 @@ def judges_dense(column: Column) -> bool:
     return column.metric in ("miou", "box_ap")
 
 
+def cells_of(found: Results, part: Part) -> list[dict[str, Any]]:
+    """The results of a table's cells; at equal time, what sets the time takes part too."""
+    also = f"epochs-{CLOCK}-0" if part == "clock" else ""
+    return [result for name, result in found.items() if result["cell"]["part"] == part or name == also]
+
+
 def gather(found: Results, part: Part, images: str, shown: Callable[[Column], bool]) -> Figures:
     """The figures of a table: means over seeds with Student's interval, or of a single seed with its test's.
 
@@ -59,26 +65,65 @@ def gather(found: Results, part: Part, images: str, shown: Callable[[Column], bo
         shown: Tells columns that are wanted.
     """
     names = [arm.name for arm in ARMS] + list(FLOORS)
+    cells = cells_of(found, part)
     values: dict[tuple[str, Column], list[dict[str, Any]]] = {}
-    for result in found.values():
-        cell = result["cell"]
-        if cell["part"] not in (part, "floor"):
-            continue
+    for result in (*cells, *(result for result in found.values() if result["cell"]["part"] == "floor")):
+        arm = result["cell"]["arm"]
         for row in list_figures(result):
             if row["images"] == images and shown(column := read_column(row)):
-                values.setdefault((cell["arm"], column), []).append(row)
-        if cell["method"]:
-            minutes, gflop = result["cost"]["seconds"] / 60, result["cost"]["gflop_per_image"]
-            for metric, cost in (("minutes", minutes), ("GFLOP an image", gflop)):
-                fixed = {"value": {"mean": cost, "low": cost, "high": cost}, "setting": ""}
-                values.setdefault((cell["arm"], Column("pretraining", "", metric)), []).append(fixed)
+                values.setdefault((arm, column), []).append(row)
+        for name, cost in list_costs(result, sum(other["cell"]["arm"] == arm for other in cells)):
+            fixed = {"value": {"mean": cost, "low": cost, "high": cost}, "setting": ""}
+            values.setdefault((arm, Column("pretraining", "", name)), []).append(fixed)
     order = sorted(values, key=lambda key: (names.index(key[0]), key[1].protocol == "pretraining"))
+    helped = list_helped(cells)
     return {
         (Entry(arm, ""), column): Figure(
-            entry=Entry(arm, ""), column=column, value=summarise(values[arm, column]), setting=""
+            entry=Entry(arm, ""),
+            column=column,
+            value=summarise(values[arm, column]),
+            setting="",
+            ranked=arm not in FLOORS and not (column.protocol == "reconstruction" and arm in helped),
         )
         for arm, column in order
     }
+
+
+def list_costs(result: dict[str, Any], seeds: int) -> Iterator[tuple[str, float]]:
+    """What a cell's encoder cost, and how many seeds its row is of; nothing of floors."""
+    if result["cell"]["method"]:
+        yield "seeds", seeds
+        yield "epochs", result["cell"]["epochs"]
+        yield "minutes", result["cost"]["seconds"] / 60
+        yield "GFLOP an image", result["cost"]["gflop_per_image"]
+
+
+def list_helped(cells: list[dict[str, Any]]) -> list[str]:
+    """Arms whose reconstructions take something from the original."""
+    return list(dict.fromkeys(result["cell"]["arm"] for result in cells if result["recipe"]["norm_pix_loss"]))
+
+
+def check_alike(found: Results) -> None:
+    """Refuse to put figures into one table that do not belong together.
+
+    Raises:
+        ValueError: If two cells were judged on different images, by different settings or by different networks.
+    """
+    known: dict[tuple[str, str], tuple[str, Any]] = {}
+    for name, result in found.items():
+        for images, evaluation in result["evaluations"].items():
+            facts = {f"{part} {key}": value for part in ("data", "settings") for key, value in evaluation[part].items()}
+            facts |= {
+                f"{row['metric']}'s network of {row['setting']}": row["detail"]["weights"]
+                for row in evaluation["results"]
+                if row["protocol"] == "reconstruction" and "weights" in row["detail"]
+            }
+            for fact, value in facts.items():
+                first, expected = known.setdefault((images, fact), (name, value))
+                if value != expected:
+                    raise ValueError(
+                        f"{images}: {fact} of {name} is {value}, of {first} {expected}: run one of them again"
+                    )
 
 
 def summarise(rows: list[dict[str, Any]]) -> Interval:
@@ -97,22 +142,17 @@ def tabulate(figures: Figures) -> Table:
 
 def describe_part(found: Results, part: Part) -> Iterator[str]:
     """A chapter: its tables, or that there is none yet."""
-    table = TABLES[part]
-    cells = [result for result in found.values() if result["cell"]["part"] == part]
-    yield f"## {table.title}\n"
-    if not cells:
-        yield "No cell of it has run yet.\n"
+    table, cells = TABLES[part], cells_of(found, part)
+    if all(result["cell"]["part"] != part for result in cells):
+        yield f"## {table.title}\n\nNo cell of it has run yet.\n"
         return
-    seeds = sorted({result["cell"]["number"] for result in cells})
-    about = (
-        f"Mean over seeds {', '.join(map(str, seeds))} with Student's 95 % interval; where one seed has run so far, "
-        "its test's interval."
-        if len(seeds) > 1
-        else "One seed; intervals are those of the test images and hold nothing of what another seed would give."
+    yield (
+        f"## {table.title}\n\nFeatures are `{FEATURES}`; raw pixels have no class token. A row of several seeds is "
+        "their mean with Student's 95 % interval. Intervals of a single seed, and of floors, are those of the test "
+        "images (of few-shot, of the draws) and hold nothing of what another seed would give. Bold is the best of a "
+        "column, floors aside.\n"
     )
-    yield f"{about} Features are `{FEATURES}`.\n"
-    helped = dict.fromkeys(r["cell"]["arm"] for r in cells if r["recipe"]["norm_pix_loss"])
-    if helped:
+    if helped := list_helped(cells):
         yield (
             f"Reconstructions of {', '.join(f'`{arm}`' for arm in helped)} take each patch's mean and contrast from "
             "the original, because its prediction has none: they are not to be compared with those of the others.\n"
@@ -174,7 +214,12 @@ def describe_remedies(found: Results) -> Iterator[str]:
 
 
 def describe_study(found: Results) -> str:
-    """`RESULTS.md`."""
+    """`RESULTS.md`.
+
+    Raises:
+        ValueError: If results do not belong together.
+    """
+    check_alike(found)
     planned = [name for name, _ in plan(found)]
     missing = [name.partition("-")[0] for name in planned if name not in found]
     parts: list[Part] = ["epochs", "clock", "long"]

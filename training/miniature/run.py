@@ -32,7 +32,7 @@ def read_cells(folder: Path) -> Results:
         ValueError: If a file is not a cell's.
     """
     found = {}
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("[!.]*.json")):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             name = f"{result['cell']['part']}-{result['cell']['arm']}-{result['cell']['number']}"

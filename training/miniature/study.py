@@ -150,3 +150,8 @@ EVALUATIONS: dict[Part, tuple[str, ...]] = {
     "long": ("tuning", "imagenette", "finetune", "cifar10", "fashion-mnist", "dense"),
 }
 """Of a cell by its part, see `cells.py`."""
+
+
+def evaluations(cell: Cell) -> tuple[str, ...]:
+    """What a cell is judged on: the supervised floor not on the tuning images, whose labels it has learned."""
+    return tuple(name for name in EVALUATIONS[cell.part] if (cell.arm, name) != ("supervised", "tuning"))

@@ -54,6 +54,10 @@ METRICS = {
     "fd": Metric(title="Frechet distance", digits=2, better="lower"),
     "kd": Metric(title="kernel distance", digits=4, better="lower"),
     "score": Metric(title="score", digits=2),
+    "seeds": Metric(title="seeds", digits=0, better="unknown"),
+    "epochs": Metric(title="epochs", digits=1, better="unknown"),
+    "minutes": Metric(title="minutes", digits=1, better="unknown"),
+    "gflop an image": Metric(title="GFLOP an image", better="unknown"),
 }
 """By name in small letters; of any other it is not known which way is better."""
 
@@ -168,6 +172,8 @@ class Figure:
     setting: str
     seconds: float = 0.0
     detail: dict[str, object] = field(default_factory=dict)
+    ranked: bool = True
+    """Whether it may lead its column."""
 
 
 Figures = dict[tuple[Entry, Column], Figure]
@@ -263,13 +269,13 @@ def write_column(column: Column, figures: Figures, *, notes: bool) -> dict[Entry
     """
     found = {entry: figure for (entry, at), figure in figures.items() if at == column}
     metric = find_metric(column.metric)
-    marks = rank({entry: figure.value for entry, figure in found.items()}, metric.better)
+    marks = rank({entry: figure.value for entry, figure in found.items() if figure.ranked}, metric.better)
     cells = {}
     for entry, figure in found.items():
         mean, low, high = (metric.text(x) for x in (figure.value.mean, figure.value.low, figure.value.high))
         interval = f"[{low}, {high}]" if figure.value.low < figure.value.high else ""
         note = figure.setting if notes and not column.setting else ""
-        cells[entry] = Cell(mean, interval, marks[entry], note)
+        cells[entry] = Cell(mean, interval, marks.get(entry, ""), note)
     return cells
 
 
