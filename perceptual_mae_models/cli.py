@@ -1,6 +1,7 @@
 """The `pmae` command. Torch is imported inside the commands, so that `pmae --help` answers at once."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: With status 2, the arguments are wrong; with 0, help was asked for.
     """
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name of a file may have what a console or pipe has not
     try:
         status: int = arguments.run(arguments)
     except BrokenPipeError:
@@ -73,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("download", help="weights from the Hub, before they are needed")
     command.add_argument("names", nargs="+", metavar="NAME", help="a tag of `pmae list`")
-    command.add_argument("--to", type=Path, metavar="DIR", help="a folder, instead of the Hub's cache")
+    command.add_argument(
+        "--to", type=Path, metavar="DIR", help="a folder (of several names: one each in it), instead of the Hub's cache"
+    )
     command.set_defaults(run=download)
 
     command = commands.add_parser("verify", help="whether weights are the files that were published")

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
+from perceptual_mae_models.convert_facts import compare_facts
 from perceptual_mae_models.convert_sources import Source, describe_source
 from perceptual_mae_models.weights import (
     ENCODER_PARTS,
@@ -119,7 +120,7 @@ def convert_encoder(
         and tensors[f"{place}norm.weight"] is fitted["norm.weight"]
     )
     taken = {f"{place}{name}" for name in fitted}
-    notes = _facts_notes(source, encoder)
+    notes = compare_facts(source, encoder)
     registered = registered_shapes()[architecture]
     if shapes[place] != registered:
         notes.append(f"resampled from {shapes[place]} to {registered}")
@@ -256,40 +257,6 @@ def _infer_architecture(shapes: set[EncoderShape]) -> str:
         )
     models = "; ".join(f"{name}: {registered}" for name, registered in registered_shapes().items())
     raise ValueError(f"no model has the checkpoint's shapes ({shape}). There are {models}")
-
-
-def _facts_notes(source: Source, encoder: Any) -> list[str]:
-    """Compare what the file's configuration says with what the model computes.
-
-    Raises:
-        CheckpointError: If the same tensors would compute something else.
-    """
-    if source.format == "perceptual-mae-release":
-        return [
-            f"the release computes norms with epsilon 1e-5 unless configured otherwise, this model with"
-            f" {encoder.norm.eps:g}: features may differ slightly"
-        ]
-    if source.format != "huggingface":
-        return []
-    facts, heads = source.facts, encoder.blocks[0].attn.num_heads
-    if not facts:
-        return [f"no config.json beside the file: {heads} attention heads and exact GELU are taken for granted"]
-    expected = {"num_attention_heads": heads, "hidden_act": "gelu"}
-    wrong = [f"{key} {facts[key]}, not {value}" for key, value in expected.items() if facts.get(key, value) != value]
-    if wrong:
-        raise CheckpointError(f"config.json: {', '.join(wrong)}: this model would compute other features")
-    notes = []
-    if facts.get("layer_norm_eps", encoder.norm.eps) != encoder.norm.eps:
-        notes.append(
-            f"config.json: norms with epsilon {facts['layer_norm_eps']:g}, this model with {encoder.norm.eps:g}, MAE's"
-            " own: features may differ slightly"
-        )
-    if facts.get("model_type", "vit_mae") != "vit_mae":
-        notes.append(
-            f"config.json: a {facts['model_type']}, whose preprocessing may differ from this model's (ImageNet's mean"
-            " and deviation)"
-        )
-    return notes
 
 
 def _account(

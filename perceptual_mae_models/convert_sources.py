@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perceptual_mae_models.version import __version__
-from perceptual_mae_models.weights import CheckpointError, flatten
+from perceptual_mae_models.weights import CheckpointError, check_head, flatten
 
 Format = Literal["mae", "huggingface", "perceptual-mae-release", "lightning", "timm"]
 
@@ -102,7 +102,7 @@ def read_source(file: Path) -> Source:
 
     Args:
         file: A safetensors file, or one of `torch.save`, which is never unpickled beyond tensors, plain containers and
-            `argparse.Namespace`. A Hugging Face config.json beside it is read too.
+            `argparse.Namespace`. A config.json of Hugging Face or timm beside it is read too.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -114,14 +114,14 @@ def read_source(file: Path) -> Source:
     flat = dict(flatten(_lists_as_mappings(tree)))
     if not flat:
         raise CheckpointError(f"{file} holds no tensors")
-    prefix = _find_huggingface(flat)
+    prefix, config = _find_huggingface(flat), _read_config(file.with_name("config.json"))
     if prefix is None:
         untouched = {name: (name,) for name in flat}
-        return Source(file, _digest(file), _recognise(tree, flat), flat, untouched, "", _arguments(tree))
+        kind = _recognise(tree, flat)
+        facts = config if kind == "timm" else _arguments(tree)
+        return Source(file, _digest(file), kind, flat, untouched, "", facts)
     tensors, origins = _translate_huggingface(flat, prefix)
-    return Source(
-        file, _digest(file), "huggingface", tensors, origins, prefix, _read_config(file.with_name("config.json"))
-    )
+    return Source(file, _digest(file), "huggingface", tensors, origins, prefix, config)
 
 
 def describe_source(source: Source, architecture: str) -> dict[str, str]:
@@ -149,9 +149,7 @@ def _check_file(file: Path) -> None:
             f"{file} is a part of a checkpoint in several files: put them together with transformers,"
             " AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, max_shard_size='50GB')"
         )
-    with file.open("rb") as opened:
-        if opened.read(32).startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    check_head(file)
 
 
 def _read_tree(file: Path) -> Mapping[Any, Any]:

@@ -80,7 +80,7 @@ class FeatureExtractor:
         model: The encoder, in evaluation mode on `device`.
         transform: From an RGB `PIL.Image` to a normalised (3, H, W) float tensor.
         input_size: (H, W) in pixels.
-        metadata: What produced the features, as strings: model, tag (empty for other weights than the published ones),
+        metadata: What produced the features, as strings: model, tag (empty unless these are its published weights),
             weights, pool, image size, dtype and the version of this package.
     """
 
@@ -107,8 +107,9 @@ class FeatureExtractor:
         Raises:
             UnknownModelError: timm has no model or tag of this name.
             FileNotFoundError: There is no such checkpoint.
-            ValueError: An argument is not one of its choices, the model has no class token to pool, or a given module
-                says nothing about its transform, or comes with a checkpoint.
+            ValueError: An argument is not one of its choices, the model has no class token to pool or does not say
+                which tokens are patches, or a given module says nothing about its transform, or comes with a
+                checkpoint.
         """
         if pool not in POOLS:
             raise ValueError(f"pool is one of {', '.join(POOLS)}, not {pool!r}")
@@ -119,6 +120,8 @@ class FeatureExtractor:
         architecture = str(self.model.pretrained_cfg.get("architecture") or type(self.model).__name__)
         if "cls" in pool and getattr(self.model, "cls_token", None) is None:
             raise ValueError(f"{architecture} has no class token; use pool='avg'")
+        if pool not in ("cls", "tokens") and _hides_its_prefix(self.model):
+            raise ValueError(f"{architecture} does not say which of its tokens are patches; use pool='cls' or 'tokens'")
         if device is None:
             device = _own_device(self.model) if isinstance(model, nn.Module) else default_device()
         self.device = torch.device(device)
@@ -136,7 +139,7 @@ class FeatureExtractor:
         weights = _origin(model, checkpoint, pretrained)
         self.metadata = {
             "model": architecture,
-            "tag": str(self.model.pretrained_cfg.get("tag") or "") if weights in ("pretrained", "module") else "",
+            "tag": str(self.model.pretrained_cfg.get("tag") or "") if weights == "pretrained" else "",
             "weights": weights,
             "pool": pool,
             "image_size": "x".join(map(str, self.input_size)),
@@ -209,7 +212,7 @@ class FeatureExtractor:
             features = self.encode(batch.pixels) if batch.names else torch.empty(0, *self.feature_shape)
             yield FeatureBatch(batch.names, features, batch.broken)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a classifier may be trained on the features
     def encode(self, pixels: Tensor) -> Tensor:
         """Computes the features of transformed images.
 
@@ -224,12 +227,15 @@ class FeatureExtractor:
             encoded = self.model.forward_features(pixels.to(self.device)).float()
             return self._pool(encoded, pixels).float().cpu()
 
-    def _grid(self, encoded: Tensor, pixels: Tensor) -> tuple[int, int]:
+    def _grid(self, encoded: Tensor, prefix: int, pixels: Tensor) -> tuple[int, int]:
         if encoded.ndim == 4:
             height, width = encoded.shape[1:3] if self._channels_last else encoded.shape[2:]
             return height, width
-        patch = self.model.patch_embed.patch_size
-        return pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]
+        measure = getattr(getattr(self.model, "patch_embed", None), "dynamic_feat_size", None)
+        height, width = measure(pixels.shape[2:]) if measure else (0, 0)
+        if height * width != encoded.shape[1] - prefix:
+            raise ValueError(f"{self.metadata['model']} does not say how its tokens lie; use pool='tokens'")
+        return height, width
 
     @property
     def _channels_last(self) -> bool:
@@ -247,7 +253,7 @@ class FeatureExtractor:
         if self.pool == "tokens":
             return encoded
         if self.pool == "map":
-            return encoded[:, prefix:].transpose(1, 2).reshape(len(encoded), -1, *self._grid(maps, pixels))
+            return encoded[:, prefix:].transpose(1, 2).reshape(len(encoded), -1, *self._grid(maps, prefix, pixels))
         vectors = {"cls": lambda: encoded[:, 0], "avg": lambda: encoded[:, prefix:].mean(dim=1)}
         final_norm: nn.Module = getattr(self.model, "fc_norm", nn.Identity())
         return torch.cat([final_norm(vectors[part]()) for part in self.pool.split("+")], dim=1)
@@ -284,7 +290,7 @@ def _build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bo
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
-        overlay = {"file": str(checkpoint)}
+        overlay = {"file": str(checkpoint), "source": ""}  # timm would rather read the place that an id names
     # Not num_classes=0: where that differs from the configuration timm loads unstrictly, and a checkpoint with foreign
     # keys would leave random weights without a word. The classifier, if there is one, is loaded and not used.
     built = timm.create_model(model, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
@@ -295,6 +301,11 @@ def _arrange(model: nn.Module) -> nn.Module:
     """Lays a convolutional network's weights out as processors like them; what it computes stays the same."""
     tokens = hasattr(model, "patch_embed")
     return model if tokens else model.to(memory_format=torch.channels_last)
+
+
+def _hides_its_prefix(model: nn.Module) -> bool:
+    """Tell models with a class token that do not count it (volo, pit): their patches cannot be told from it."""
+    return getattr(model, "cls_token", None) is not None and not hasattr(model, "num_prefix_tokens")
 
 
 def _own_device(model: nn.Module) -> torch.device:

@@ -4,6 +4,7 @@ import heapq
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.functional import normalize
@@ -58,25 +59,30 @@ def nearest(queries: FeatureBatch, corpus: Iterable[FeatureBatch], k: int) -> li
     Args:
         queries: Features (Q, D).
         corpus: Batches of features (N, D), as `FeatureExtractor.stream` yields them. Of these only the best are kept.
-        k: Neighbours a query. The query's own file is never one of them.
+        k: Neighbours a query. The query's own file, where it is one, is never one of them.
 
     Returns:
         For each query at most k matches, nearest first; equal ones in the order of the corpus.
     """
     query_features = normalize(queries.features, dim=1)
-    query_files = [os.path.realpath(name) for name in queries.names]
+    query_files = [_file_of(name) for name in queries.names]
     best: list[list[Match]] = [[] for _ in queries.names]
     for batch in corpus:
         similarities = (query_features @ normalize(batch.features, dim=1).T).tolist()
-        files = [os.path.realpath(name) for name in batch.names]
+        files = [_file_of(name) for name in batch.names]
         for row, query_file in enumerate(query_files):
             found = [
                 Match(name, similarity)
                 for name, file, similarity in zip(batch.names, files, similarities[row], strict=True)
-                if file != query_file
+                if file is None or file != query_file
             ]
             best[row] = heapq.nlargest(k, best[row] + found, key=lambda match: match.similarity)
     return best
+
+
+def _file_of(name: str) -> str | None:
+    """The file of a name; None for an image in memory, whose name is a number that another image may have too."""
+    return os.path.realpath(name) if Path(name).exists() else None
 
 
 def neighbour_gallery(rows: Sequence[GalleryRow], title: str = "Nearest neighbours", subtitle: str = "") -> Image.Image:
@@ -116,14 +122,18 @@ def neighbour_gallery(rows: Sequence[GalleryRow], title: str = "Nearest neighbou
 
 
 def _draw_tile(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
-    square = ImageOps.fit(tile.image, (TILE, TILE), Image.Resampling.LANCZOS)
-    canvas.paste(square, (left, top), _rounded_mask())
+    canvas.paste(square_tile(tile.image), (left, top), _rounded_mask())
     draw.rounded_rectangle((left, top, left + TILE - 1, top + TILE - 1), CORNER, outline=LINE)
     if tile.similarity is None:
         draw.text((left, top + TILE + 8), "query", ACCENT, _font(16))
     else:
         draw.text((left, top + TILE + 8), f"{tile.similarity:.3f}", INK, _font(16))
     draw.text((left, top + TILE + 30), _elide(draw, tile.caption, TILE, _font(13)), MUTED, _font(13))
+
+
+def square_tile(image: Image.Image) -> Image.Image:
+    """The central square of an image in the size in which a gallery shows it."""
+    return ImageOps.fit(image, (TILE, TILE), Image.Resampling.LANCZOS)
 
 
 def _rounded_mask() -> Image.Image:

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from .hub import HUB_ORGANISATION, WEIGHTS, fetch_weights
 from .pos_embed import build_2d_sincos_pos_embed
-from .weights import NOT_PUBLISHED, checkpoint_filter_fn, explain_unreadable_weights
+from .weights import NOT_PUBLISHED, check_head, checkpoint_filter_fn, explain_unreadable_weights
 
 __all__: list[str] = []  # a list because timm's `register_model` appends to it
 
@@ -145,6 +145,9 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
             kwargs.pop("pretrained_cfg_overlay", None)
             file = str(fetch_weights(cfg, kwargs.get("cache_dir")))
             kwargs["pretrained_cfg"] = replace(cfg, file=file, source="file")
+            check_head(Path(file))
+        elif pretrained and cfg.file and Path(cfg.file).is_file():
+            check_head(Path(cfg.file))
         model: VisionTransformer = build_model_with_cfg(
             _vision_transformer,
             variant,

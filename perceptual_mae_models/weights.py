@@ -14,6 +14,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +122,27 @@ def explain_unreadable_weights(cfg: PretrainedCfg) -> Iterator[None]:
             f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
             f" checkpoint ({type(error).__name__}: {error})."
         ) from error
+    except RuntimeError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):  # timm's advice would be to run what is in the file
+            raise CheckpointError(
+                f"{_location(cfg)} is broken, or holds objects besides tensors, which reading would run as code:"
+                " `pmae convert` says what it is"
+            ) from error
+        raise
+
+
+def check_head(file: Path) -> None:
+    """Refuse files that cannot be a checkpoint by their first bytes, before anything tries to unpickle them.
+
+    Raises:
+        CheckpointError: If this is neither a safetensors file nor one of `torch.save`.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    if start and not (start.startswith((b"PK", b"\x80")) or start[8:9] == b"{" or file.suffix == ".safetensors"):
+        raise CheckpointError(f"{file} is no checkpoint: it begins with {start[:16]!r}; fetch it again")
 
 
 def _find_encoder(
@@ -266,6 +288,12 @@ def _load_fitting_head(encoder: Mapping[str, Tensor], model: VisionTransformer, 
     """Load the class head here, because timm drops it when the pretrained cfg declares no classes."""
     head = {name: tensor for name, tensor in encoder.items() if name.startswith("head.")}
     if head and all(tensor.shape == wanted[name].shape for name, tensor in head.items()):
+        pooling = [name for name in wanted if name.split(".")[0] in HEAD_PARTS - {"head"} and name not in encoder]
+        if pooling:
+            raise CheckpointError(
+                f"The checkpoint's class head was trained on another pooling: the model's {shorten(pooling)} would stay"
+                " untrained. Build the model as it was trained, with global_pool='token' for one."
+            )
         model.load_state_dict(head, strict=False)
 
 

@@ -1,5 +1,6 @@
 """The `pmae` command: in this process for its messages, in its own for what a shell sees."""
 
+import io
 import json
 import resource
 import statistics
@@ -242,10 +243,32 @@ def test_similar(run, photos: Path, checkpoint: str, tmp_path: Path) -> None:
     assert "no image but the queries" in run("similar", alone / "only.png", alone, *options)[2]
 
 
-def test_nearest_equals_sorting_everything() -> None:
+def test_similar_goes_on_without_broken_queries(
+    run, photos: Path, checkpoint: str, tmp_path: Path, broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = tmp_path / "猫.png"
+    Image.open(find_images([photos])[0]).save(query)
+    options = ["--checkpoint", checkpoint, "--device", "cpu", "-o", tmp_path / "similar.png"]
+    assert "--skip-broken leaves" in run("similar", query, broken, photos, *options)[2]
+    status, out, err = run("similar", query, broken, photos, *options, "--skip-broken")
+    assert (status, err) == (0, f"skipped {broken}: not an image file\n")
+    assert out.startswith(f"{query}\n    1.0000  ")
+    (tmp_path / "similar.png").unlink()
+    assert "none of the 1 queries could be read" in run("similar", broken, photos, *options, "--skip-broken")[2]
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # a pipe on Windows
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert run("similar", query, photos, *options)[0] == 0
+    narrow.seek(0)
+    assert "\\u732b.png" in narrow.read()
+    assert (tmp_path / "similar.png").exists()
+
+
+def test_nearest_equals_sorting_everything(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     features = torch.randn(50, 6, generator=random)
-    names = tuple(f"{index}.png" for index in range(50))
+    names = tuple(str(tmp_path / f"{index}.png") for index in range(50))
+    for name in names:
+        Path(name).touch()
     batches = [FeatureBatch(names[start : start + 8], features[start : start + 8], ()) for start in range(0, 50, 8)]
     found = nearest(FeatureBatch(names[:3], features[:3], ()), batches, 5)
     unit = features / features.norm(dim=1, keepdim=True)
@@ -253,6 +276,13 @@ def test_nearest_equals_sorting_everything() -> None:
         order = [index for index in (-unit @ unit[query]).argsort().tolist() if index != query][:5]
         assert [match.name for match in matches] == [names[index] for index in order]
         np.testing.assert_allclose([match.similarity for match in matches], unit[order] @ unit[query], atol=1e-6)
+
+
+def test_images_in_memory_with_the_same_number_are_not_the_same() -> None:
+    features = torch.eye(3)
+    query = FeatureBatch(("image #0",), features[:1], ())
+    (matches,) = nearest(query, [FeatureBatch(("image #0", "image #1"), features[[0, 1]], ())], 3)
+    assert [match.name for match in matches] == ["image #0", "image #1"]
 
 
 def test_gallery_shows_the_images() -> None:

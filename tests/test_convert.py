@@ -484,8 +484,24 @@ def test_wrappings(wrapping, tmp_path):
 
 def test_the_choice_of_averaged_weights_is_told(tmp_path):
     conversion = convert_tree(WRAPPINGS["timm train.py"][1](encoder_state()), tmp_path)
-    assert conversion.notes == ("the encoder at state_dict_ema was taken, not the one at state_dict",)
+    assert "the encoder at state_dict_ema was taken, not the one at state_dict" in conversion.notes
     assert sum(group.count for group in conversion.dropped) == 102
+
+
+def test_what_timms_config_says_is_heeded(tmp_path):
+    path = write(encoder_state(), tmp_path)
+    config = path.with_name("config.json")
+    (note,) = convert_encoder(read_source(path)).notes
+    assert note == "3 attention heads and preprocessing by ImageNet's mean and deviation are taken for granted"
+    cfg = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    config.write_text(json.dumps({"model_args": {"num_heads": 3}, "pretrained_cfg": cfg}))
+    assert convert_encoder(read_source(path)).notes == ()
+    config.write_text(json.dumps({"pretrained_cfg": {**cfg, "mean": [0.5, 0.5, 0.5]}}))
+    (note,) = convert_encoder(read_source(path)).notes
+    assert note.startswith("config.json: images are normalised by a mean of [0.5, 0.5, 0.5], by this model by [0.485,")
+    config.write_text(json.dumps({"model_args": {"num_heads": 6}}))
+    with pytest.raises(CheckpointError, match=r"num_heads 6, not 3"):
+        convert_encoder(read_source(path))
 
 
 def test_class_head_is_left_out(tmp_path):
@@ -521,7 +537,7 @@ def test_other_image_sizes_need_the_name(tmp_path):
         convert_tree(state, tmp_path)
     conversion = convert_tree(state, tmp_path, model=f"{PICO}.mae_imagenette")
     assert conversion.encoder["pos_embed"].shape == (1, 65, DIM)
-    assert "257 tokens to width 192, 8 blocks, patches of 8, 65 tokens" in conversion.notes[0]
+    assert "257 tokens to width 192, 8 blocks, patches of 8, 65 tokens" in conversion.notes[-1]
 
 
 def test_registered_shapes_tell_models_apart(monkeypatch, tmp_path):
@@ -624,7 +640,7 @@ def test_files_given_by_mistake(run, tmp_path):
         (tmp_path, "is a folder: give the file in it"),
         (tmp_path / "model-00001-of-00002.safetensors", "a part of a checkpoint in several files"),
         (pointer, "is a Git LFS pointer, not the weights"),
-        (page, "is broken, cut short or no checkpoint"),
+        (page, "is no checkpoint: it begins with b'<!DOCTYPE html>"),
     ):
         if file.name.startswith("model-"):
             file.touch()

@@ -1,5 +1,6 @@
 """The feature extractor against timm's own forward pass, on small random encoders."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,6 +212,30 @@ def test_checkpoint(tmp_path: Path, files: list[Path]) -> None:
         FeatureExtractor(PICO, checkpoint=tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("place", ["hf-hub", "local-dir"])
+def test_a_checkpoint_stands_before_the_place_that_an_id_names(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    states = {}
+    for name in ("model", "other"):
+        model = timm.create_model("test_vit", num_classes=0)
+        states[name] = model.state_dict()
+        save_file(states[name], folder / f"{name}.safetensors")
+    cfg = {"input_size": [3, 160, 160], "mean": MEAN, "std": STD, "num_classes": 0}
+    config = {"architecture": "test_vit", "num_classes": 0, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(config))
+    other = (folder / "other.safetensors").rename(tmp_path / "other.safetensors")
+    name = f"local-dir:{folder}"
+    if place == "hf-hub":
+        name = "hf-hub:acme/thing"
+        monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda _, filename, **__: str(folder / filename))
+    extractor = FeatureExtractor(name, checkpoint=other, device="cpu")
+    assert torch.equal(extractor.model.state_dict()["cls_token"], states["other"]["cls_token"])
+    assert (extractor.metadata["tag"], extractor.metadata["weights"]) == ("", "other.safetensors")
+
+
 @pytest.mark.parametrize("model", [PICO, "test_vit"])
 def test_a_foreign_checkpoint_never_leaves_random_weights(tmp_path: Path, model: str) -> None:
     save_file({"other.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
@@ -233,6 +258,33 @@ def test_models_that_normalise_after_pooling(files: list[Path]) -> None:
     nn.init.normal_(model.fc_norm.weight)
     pixels = torch.stack([extractor.transform(Image.open(file)) for file in files[:3]])
     torch.testing.assert_close(extractor(files[:3]), model(pixels).detach())
+
+
+def test_patches_lie_where_the_model_says_or_it_is_refused(files: list[Path]) -> None:
+    hybrid = FeatureExtractor(timm.create_model("vit_tiny_r_s16_p8_224", depth=1), "map")
+    tokens = FeatureExtractor(hybrid.model, "tokens")(files[:1])
+    assert torch.equal(hybrid(files[:1]), tokens[:, 1:].transpose(1, 2).reshape(1, -1, 7, 7))
+    volo = timm.create_model("volo_d1_224")
+    for pool in ("avg", "map", "cls+avg"):
+        with pytest.raises(ValueError, match="volo_d1_224 does not say which of its tokens are patches"):
+            FeatureExtractor(volo, pool)
+    assert FeatureExtractor(volo, "cls")(files[:1]).shape == (1, volo.num_features)
+    mixer = FeatureExtractor(timm.create_model("mixer_s32_224"), "map")
+    with pytest.raises(ValueError, match="does not say how its tokens lie"):
+        mixer(files[:1])
+
+
+def test_a_classifier_learns_on_features(extractor: FeatureExtractor, files: list[Path]) -> None:
+    (batch,) = extractor.stream(files[:4])
+    probe = nn.Linear(192, 2)
+    probe(batch.features).sum().backward()
+    assert probe.weight.grad is not None
+    assert extractor.model.cls_token.grad is None
+
+
+def test_a_module_is_credited_to_no_tag() -> None:
+    assert FeatureExtractor(timm.create_model(PICO, pretrained=False)).metadata["tag"] == ""
+    assert FeatureExtractor(PICO, device="cpu").metadata["tag"] == "mae_imagenette"
 
 
 def test_convolutional_models(files: list[Path]) -> None:

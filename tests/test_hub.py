@@ -288,6 +288,19 @@ def test_download_puts_every_file_into_a_folder_that_verify_accepts(
     assert "bytes instead of" in err
 
 
+def test_download_of_several_models_keeps_them_apart(
+    published: Repo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded = "vit_pico_patch8_pmae.mae_imagenette"
+    assert run(capsys, "download", TAG, embedded, "--to", tmp_path)[0] == 0
+    assert {path.name for path in (tmp_path / TAG).iterdir()} >= {"model.safetensors", "manifest.json"}
+    assert (tmp_path / f"{embedded}.safetensors").is_file()
+    assert run(capsys, "download", embedded, "--to", tmp_path / "alone")[0] == 0
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {
+        f"{embedded}.{ending}" for ending in ("safetensors", "decoder.safetensors", "json")
+    }
+
+
 def test_verify_knows_what_is_in_the_cache_and_what_is_not(published: Repo, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "verify", TAG)
     assert status == 1

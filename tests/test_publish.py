@@ -152,7 +152,7 @@ def test_figures_are_found_by_the_weights_whatever_they_were_called(run: Path, t
     file = tmp_path / "photos" / "results.json"
     file.parent.mkdir()
     file.write_text(json.dumps(results))
-    with pytest.raises(SystemExit, match="photos/results.json has no figures of these weights; it judges vit_pico"):
+    with pytest.raises(SystemExit, match=r"photos/results\.json has no figures of these weights; it judges vit_pico"):
         export.main(str(run), name=OWN, to=tmp_path, results=(file,), **OWN_FACTS)
     mine = f"vit_pico_patch8_pmae@{run}/encoder.safetensors"
     results["models"][mine] = describe_model(mine)

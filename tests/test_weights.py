@@ -1,6 +1,7 @@
 """Loading is whole or an error: wrapped, partial, foreign and unreachable weights."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,22 @@ def test_broken_safetensors_raise(content, num_classes, tmp_path):
         timm.create_model(PICO, True, num_classes=num_classes, pretrained_cfg_overlay={"file": str(path)})
 
 
+@NUM_CLASSES
+def test_files_that_are_no_checkpoint_are_named_and_never_unpickled(num_classes, tmp_path):
+    path = tmp_path / "weights.pth"
+    for content, message in (
+        (b"<!DOCTYPE html><html>Not found</html>", r"weights\.pth is no checkpoint: it begins with b'<!DOCTYPE html>"),
+        (b"some text", r"weights\.pth is no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"weights\.pth is a Git LFS pointer"),
+        (b"", r"weights\.pth, but the file is broken"),
+        (pickle.dumps(Mock), r"weights\.pth is broken, or holds objects besides tensors.* `pmae convert` says"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            timm.create_model(PICO, True, num_classes=num_classes, pretrained_cfg_overlay={"file": str(path)})
+        assert "weights_only" not in str(caught.value)
+
+
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +242,10 @@ def test_pooling_heads(tmp_path):
     load(state, tmp_path, global_pool="map", num_classes=5)
     with pytest.raises(RuntimeError, match=r"attn_pool\.latent"):
         load(state, tmp_path, global_pool="map")
+    with pytest.raises(CheckpointError, match=r"trained on another pooling: .*fc_norm\.weight"):
+        load(random_state(num_classes=5), tmp_path, global_pool="avg", num_classes=5)
+    with pytest.raises(CheckpointError, match=r"trained on another pooling: .*attn_pool\."):
+        load(random_state(num_classes=5), tmp_path, global_pool="map", num_classes=5)
     finetuned = random_state(global_pool="avg", num_classes=5)
     assert_encoder_equals(load(finetuned, tmp_path, global_pool="avg", overlay={"num_classes": 5}), finetuned)
 

@@ -35,8 +35,10 @@ def embed(arguments: argparse.Namespace) -> int:
 
 def similar(arguments: argparse.Namespace) -> int:
     """`pmae similar`: a picture of the nearest neighbours of some images in a folder."""
+    import torch
+
     from perceptual_mae_models.features import FeatureBatch
-    from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
+    from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery, square_tile
     from perceptual_mae_models.images import find_images, open_image
     from perceptual_mae_models.writers import check_output
 
@@ -44,23 +46,30 @@ def similar(arguments: argparse.Namespace) -> int:
     queries = find_images(arguments.queries)
     files = find_images([arguments.folder])
     extractor = _extractor(arguments)
-    query_features = extractor(queries, arguments.batch_size, arguments.workers)
-    query_batch = FeatureBatch(tuple(map(str, queries)), query_features, ())
+    batches = list(_stream(extractor, queries, arguments))
+    names = tuple(name for batch in batches for name in batch.names)
+    if not names:
+        raise ValueError(f"none of the {len(queries)} queries could be read")
+    query_batch = FeatureBatch(names, torch.cat([batch.features for batch in batches]), ())
     matches = nearest(query_batch, _stream(extractor, files, arguments), arguments.k)
     if not any(matches):
         raise ValueError(f"{arguments.folder} holds no image but the queries")
 
-    rows = []
-    for query, found in zip(queries, matches, strict=True):
-        tiles = [Tile(open_image(match.name), Path(match.name).name, match.similarity) for match in found]
-        rows.append(GalleryRow(Tile(open_image(query), query.name), tiles))
-        print(query)
-        for match in found:
-            print(f"    {match.similarity:.4f}  {match.name}")
+    def tile(name: str, similarity: float | None = None) -> Tile:
+        return Tile(square_tile(open_image(name)), Path(name).name, similarity)  # small, as there may be many
+
+    rows = [
+        GalleryRow(tile(query), [tile(match.name, match.similarity) for match in found])
+        for query, found in zip(names, matches, strict=True)
+    ]
     facts = extractor.metadata
     weights = facts["tag"] or facts["weights"]
     subtitle = f"{facts['model']}, {weights}; cosine similarity of {facts['pool']} features; {len(files)} images"
     neighbour_gallery(rows, subtitle=subtitle).save(arguments.output)
+    for query, found in zip(names, matches, strict=True):
+        print(query)
+        for match in found:
+            print(f"    {match.similarity:.4f}  {match.name}")
     print(arguments.output)
     return 0
 

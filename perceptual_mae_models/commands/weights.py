@@ -1,6 +1,7 @@
 """`pmae download` and `pmae verify`: weights before they are needed, and whether they are whole."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,17 @@ if TYPE_CHECKING:
 
 def download(arguments: argparse.Namespace) -> int:
     """`pmae download`: a tag's files into the Hub's cache or a folder, checked."""
-    import shutil
-
     from perceptual_mae_models.hub import MANIFEST, WEIGHTS, check_file, fetch_file, fetch_manifest, find_repository
     from perceptual_mae_models.weights import explain_unreadable_weights
 
     for cfg in map(_pretrained_cfg, arguments.names):
         if cfg.file:
-            print(f"{cfg.architecture}.{cfg.tag}: in the package, {cfg.file}")
+            weights = Path(cfg.file)
+            paths = {path.name: path for path in sorted(weights.parent.glob(f"{weights.stem}.*"))}
+            if arguments.to:
+                _deliver(paths, arguments.to)
+            else:
+                print(f"{cfg.architecture}.{cfg.tag}: in the package, {cfg.file}")
             continue
         repository = find_repository(cfg)
         with explain_unreadable_weights(cfg):
@@ -29,12 +33,20 @@ def download(arguments: argparse.Namespace) -> int:
             for name, path in paths.items():
                 if manifest and name != MANIFEST:
                     check_file(path, name, manifest, str(repository))
-        if arguments.to:
-            arguments.to.mkdir(parents=True, exist_ok=True)
-            paths = {name: Path(shutil.copyfile(path, arguments.to / name)) for name, path in paths.items()}
-        for name, path in paths.items():
-            print(f"{name}  {path}")
+        # files of all repositories have the same names
+        alone = len(arguments.names) == 1
+        folder = arguments.to and (arguments.to if alone else arguments.to / f"{cfg.architecture}.{cfg.tag}")
+        _deliver(paths, folder)
     return 0
+
+
+def _deliver(paths: dict[str, Path], folder: Path | None) -> None:
+    """Copy files to a folder, where one is given, and say where they are."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {name: Path(shutil.copyfile(path, folder / name)) for name, path in paths.items()}
+    for name, path in paths.items():
+        print(f"{name}  {path}")
 
 
 def verify(arguments: argparse.Namespace) -> int:
