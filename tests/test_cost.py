@@ -85,6 +85,21 @@ def test_a_dry_run_needs_no_run_folder_and_says_whose_batch_does_not_fit(
     assert "GFLOP per image" in capsys.readouterr().out
 
 
+def test_a_dry_run_says_what_it_leaves_out_and_guesses_nothing(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["ls_gan_p", "--dry-run", "--model", "vit_pico_patch8_pmae"]
+    pretrain.main(arguments)
+    assert "not counted" not in capsys.readouterr().out
+    pretrain.main([*arguments, "--phi", "timm:vgg16.tv_in1k"])
+    assert "not counted          phi" in capsys.readouterr().out
+    stream = ["--data", f"hf-stream:imagefolder:{photos}"]
+    with pytest.raises(SystemExit, match="--epochs needs the size of the data set, which this stream does not know"):
+        pretrain.main([*arguments, *stream])
+    pretrain.main([*arguments, *stream, "--steps", "7"])
+    assert "7 of 128 images\n" in capsys.readouterr().out
+
+
 def test_matmul_peak_is_a_speed_of_this_machine() -> None:
     assert 1 < matmul_peak(torch.device("cpu"), "fp32", seconds=0.05) < 1e5
 

@@ -123,6 +123,29 @@ def test_a_broken_image_is_named_and_replaced_by_the_next(photos: Path, tmp_path
         source.load(broken)
 
 
+def test_broken_neighbours_are_named_once_an_epoch(photos: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        content = (photos / "class0" / "00.png").read_bytes() if number in (0, 6, 7) else b""
+        (tmp_path / f"{number}.png").write_bytes(content)
+    source = ImageSource(tmp_path)
+    views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
+    skipped = [name for image in range(8) for name in views[ImageKey(0, image)][1]]
+    assert skipped == [f"{number}.png" for number in range(1, 6)]
+
+
+def test_hidden_files_beside_images_are_no_images(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    names = ["00.png", "03.png"]
+    for name in names:
+        (tmp_path / "data" / name).write_bytes((photos / "class0" / name).read_bytes())
+        (tmp_path / "data" / f"._{name}").write_bytes(b"of macOS")
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(tmp_path / "data", "data")
+    for spec, folder in ((tmp_path / "data", ""), (tmp_path / "data.tar", "data/")):
+        source = ImageSource(spec)
+        assert [source.name(index) for index in range(len(source))] == [folder + name for name in names]
+
+
 def test_sources_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder or tar"):
         ImageSource(tmp_path / "nowhere")

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from perceptual_mae_models.features import FeatureExtractor
 from training import compare, pretrain
+from training.data.feed import Feed, describe_data
 from training.data.images import ImageSource, spread
+from training.data.sampler import DeterministicBatchSampler
 from training.evaluate.features import extract
 from training.evaluate.knn import knn_predict
 from training.evaluate.monitor import KnnMonitor
@@ -315,8 +317,48 @@ def test_a_share_of_broken_images_is_skipped_and_too_many_stop(
     run_here(*arguments, "--out", tmp_path / "tolerant", "--max-broken", 0.1)
     assert "skipped an image that does not decode: 00.png" in capsys.readouterr().err
     assert metrics(tmp_path / "tolerant")[-1]["broken"] == 1
-    said = fail_here(*arguments, "--out", tmp_path / "strict", "--max-broken", 0)
+    strict = (*arguments, "--out", tmp_path / "strict", "--checkpoint-every", 1)
+    said = fail_here(*strict, "--max-broken", 0)
     assert "did not decode, more than --max-broken 0" in said
+    assert "or raise --max-broken, and --resume auto goes on" in said
+    run_here(*strict, "--max-broken", 0.1, "--resume", "auto")
+    for path in data.iterdir():
+        path.write_bytes(b"")
+    said = fail_here(*arguments, "--out", tmp_path / "none", "--grid-every", 1)
+    assert f"{data}: no image looked at decodes" in said
+
+
+def test_a_second_interrupt_ends_a_run_whose_loader_hangs(photos: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(photos / "class0", data)
+    os.mkfifo(data / "stalled.png")  # like a file of a network that is gone
+    count, batch = len(list(data.iterdir())), 8
+    first = lambda seed: next(iter(DeterministicBatchSampler(count, batch, range(1), seed)))  # noqa: E731
+    seed = next(seed for seed in range(99) if count - 1 not in {key.image for key in first(seed)})
+    arguments = ("mae", "--data", data, "--out", out, *TINY, "--workers", 1, "--steps", 9, "--seed", seed)
+    arguments = (*arguments, "--grid-every", 0, "--log-every", 1)
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() or not metrics(out):  # then it waits for the second batch
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+
+
+def test_a_run_on_another_column_is_another_run(photos: Path) -> None:
+    source, name = ImageSource(photos), str(photos)
+    described = describe_data(Feed(name), source, 1)
+    assert described == {"name": photos.name, "images": 24}, "as older runs say"
+    other = describe_data(Feed(name, "test", "left"), source, 1)
+    assert other == {**described, "split": "test", "column": "left"}
 
 
 # --- held-out images -------------------------------------------------------------------------------------------------

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from perceptual_mae_models.autoencoder import image_pyramid, normalise_patches
-from training.draws import draw
+from training.draws import draw, draw_ahead
 from training.networks import discriminator
 from training.penalties import Scene, penalties
+from training.phi import TimmPhi
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.step import clip_gradient, reconstruction_loss, shown_images, training_step
 from training.team import NonFiniteGuard, Team, create_team
@@ -211,9 +214,6 @@ def test_before_its_start_the_discriminator_does_not_run() -> None:
 def test_other_phis_lend_features_and_do_not_learn(phi: str, tmp_path: Path) -> None:
     changes: dict[str, object] = {"phi": "snapshot"}
     if phi == "timm":
-        import timm
-        from safetensors.torch import save_file
-
         weights = tmp_path / "resnet.safetensors"
         save_file(timm.create_model("test_resnet").state_dict(), weights)
         changes = {"phi": "timm:test_resnet", "phi_file": str(weights)}
@@ -234,6 +234,37 @@ def test_other_phis_lend_features_and_do_not_learn(phi: str, tmp_path: Path) -> 
 def test_an_unknown_phi_is_explained() -> None:
     with pytest.raises(ValueError, match="--phi timm:resnet_of_mine"):
         create_team(tiny("ls_gan_p", phi="timm:resnet_of_mine"), CPU)
+
+
+@pytest.mark.parametrize("name", ["test_mambaout", "vit_tiny_patch16_224"])
+def test_maps_of_phi_have_their_channels_first_or_it_is_refused(name: str, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(name).state_dict(), weights)
+    if name == "vit_tiny_patch16_224":
+        with pytest.raises(ValueError, match=r"--phi timm:vit_tiny_patch16_224 takes no images of 64 x 64 pixels"):
+            TimmPhi(name, str(weights), (64, 64))
+        return
+    phi = TimmPhi(name, str(weights), (64, 64))
+    images = torch.rand(2, 3, 64, 64)
+    raw = phi.model((images - phi.mean) / phi.std)
+    maps = phi([images])
+    assert [m.shape[1] for m in maps] == [m.shape[-1] for m in raw] == phi.model.feature_info.channels()  # type: ignore[operator, union-attr]
+    assert all(torch.equal(ours.permute(0, 2, 3, 1), theirs) for ours, theirs in zip(maps, raw, strict=True))
+
+
+def test_draws_ahead_are_those_of_each_step_and_path_noise_waits_for_the_discriminator() -> None:
+    recipe = tiny("stylegan2_ada_p", adversarial_start=5, path_every=2)
+    network = create_team(recipe, CPU).network
+    ahead = list(draw_ahead(recipe, range(3, 8), network, slice(0, 4)))
+    for step, drawn in zip(range(3, 8), ahead, strict=True):
+        own = draw(recipe, step, network, slice(0, 4))
+        assert torch.equal(drawn.mask, own.mask)
+        assert (drawn.path is not None) == (own.path is not None) == (step == 6)
+    assert torch.equal(ahead[3].path, draw(recipe, 6, network, slice(0, 4)).path)  # type: ignore[arg-type]
+    assert not list(draw_ahead(recipe, range(3, 3), network, slice(0, 4)))
+    stopped = draw_ahead(recipe, range(99), network, slice(0, 4))
+    next(stopped)
+    stopped.close()  # an interrupted run does not wait for steps that are not to come
 
 
 # --- lazy penalties and state ----------------------------------------------------------------------------------------

@@ -66,8 +66,13 @@ class Output:
     """Stop when a larger share of the images seen did not decode."""
 
     def __post_init__(self) -> None:
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"--keep-checkpoints is {self.keep_checkpoints}: it must be at least 1")
+        least = {"keep_checkpoints": 1, "checkpoint_every": 0, "log_every": 0, "grid_every": 0, "epoch_images": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {lowest}")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"--max-broken is {self.max_broken:g}: a share, between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

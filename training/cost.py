@@ -120,12 +120,12 @@ def matmul_peak(device: torch.device, precision: str, *, seconds: float = 0.3) -
     return 2 * size**3 / best / 1e9
 
 
-def describe(recipe: Recipe, *, num_images: int, per_device: int, peak_tflops: float, utilisation: float) -> str:
+def describe(recipe: Recipe, *, num_images: int | None, per_device: int, peak_tflops: float, utilisation: float) -> str:
     """Say what a run would do and cost.
 
     Args:
         recipe: The run.
-        num_images: Size of the data set.
+        num_images: Size of the data set; None: a stream that does not say, whose recipe says `steps`.
         per_device: Images of one pass on one device.
         peak_tflops: The device's matrix-product peak, 10^12 operations a second.
         utilisation: Share of the peak that the run reaches.
@@ -148,9 +148,12 @@ def describe(recipe: Recipe, *, num_images: int, per_device: int, peak_tflops: f
         f"memory per device    {fixed / 2**30:.2f} GiB of weights, gradients and optimiser state"
         f" + {per_device} images of {image / 2**20:.1f} MiB"
         f" = {(fixed + per_device * image) / 2**30:.2f} GiB, before torch's own overhead",
-        f"steps                {steps} of {recipe.batch_size} images; {num_images} images an epoch",
+        f"steps                {steps} of {recipe.batch_size} images"
+        + ("" if num_images is None else f"; {num_images} images an epoch"),
         f"device hours         {hours:.1f} at {utilisation:.0%} of {peak_tflops:g} TFLOP/s",
     ]
+    if _without_timm_phi(recipe) != recipe:
+        lines.append("not counted          phi, which sees every image and its reconstruction: its passes and weights")
     return "\n".join(lines)
 
 
@@ -169,6 +172,8 @@ def fake_team(recipe: Recipe) -> Iterator[Team]:
 def _fake_pass(recipe: Recipe, samples: int, team: Team, mark: Callable[[str], None], *, plain: bool = False) -> None:
     """A step in which every penalty is due, on fake tensors; `plain`: as before the discriminator starts."""
     images = torch.zeros(samples, 3, *team.network.image_size)
+    if isinstance(recipe, AdversarialRecipe):
+        recipe = replace(recipe, adversarial_start=0)  # all that is ever drawn
     draws = draw(replace(recipe, batch_size=samples), 0, team.network, slice(0, samples))
     if team.adversary and not plain:
         adversarial_pass(team, team.adversary, images, draws, 0, 1.0, mark)

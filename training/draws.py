@@ -1,6 +1,7 @@
 """Every random number of a step, drawn for the global batch so that each process takes its share of the same draw."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +69,22 @@ def draw(recipe: Recipe, step: int, network: MaskedAutoencoder, share: slice) ->
         ada = draw_ada_noise(n, generator(recipe.seed, "ada", step)).share(share)
     if recipe.adversarial_loss == "wgan_gp":
         epsilon = torch.rand(n, generator=generator(recipe.seed, "epsilon", step))[share]
-    if recipe.path_weight and step % recipe.path_every == 0:
+    if recipe.path_weight and step >= recipe.adversarial_start and step % recipe.path_every == 0:
         shape = (3, *network.image_size)
         # one generator a sample: an image of noise for a whole global batch would be gigabytes on every process
         samples = range(share.start, share.stop, 2)
         path = torch.stack([torch.randn(shape, generator=generator(recipe.seed, "path", step, i)) for i in samples])
     return Draws(mask, ada, epsilon, path)
+
+
+def draw_ahead(recipe: Recipe, steps: range, network: MaskedAutoencoder, share: slice) -> Iterator[Draws]:
+    """`draw` of every step, each while the step before it is computed: path-length noise takes its time."""
+    if not steps:
+        return
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        coming = beside.submit(draw, recipe, steps[0], network, share)
+        for step in steps:
+            drawn = coming.result()
+            if step != steps[-1]:
+                coming = beside.submit(draw, recipe, step + 1, network, share)
+            yield drawn

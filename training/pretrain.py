@@ -18,6 +18,7 @@ features are measured on the way.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from training.curves import save_curves
 from training.data.feed import batches, describe_data, num_images, preview
 from training.data.images import ImageSource
 from training.data.stream import ImageStream
-from training.draws import draw
+from training.draws import draw_ahead
 from training.evaluate.monitor import IMAGES_KEPT, KnnMonitor, check_held_out
 from training.grids import FixedGrid
 from training.networks.discriminator import STDDEV_GROUP
@@ -44,7 +45,7 @@ from training.run.clock import StepClock
 from training.run.engine import create_accelerator, require_same_step
 from training.run.folder import RunError, create_run_folder, find_checkpoint, versions
 from training.run.record import Intervals, RunRecord
-from training.run.schedule import create_scheduler
+from training.run.schedule import check_steps, create_scheduler, phi_refresh_steps, steps_of
 from training.run.seeding import derive_seed
 from training.run.signals import EXIT_INTERRUPTED, Interrupted, StopRequest
 from training.step import training_step
@@ -83,9 +84,10 @@ def pretrain(config: Config) -> None:
     source = feed.open()
     team = create_team(recipe, accelerator.device)
     total_steps = recipe.num_steps(num_images(source))
+    check_steps(recipe, total_steps, num_images(source))
     description = {
         "recipe": dataclasses.asdict(recipe),
-        "data": describe_data(source, accelerator.num_processes),
+        "data": describe_data(feed, source, accelerator.num_processes),
         "total_steps": total_steps,
         "versions": versions(),
     }
@@ -142,11 +144,11 @@ def optimise(
     clock = StepClock(device)
     record = create_record(config, accelerator, source, team, total_steps, progress, measure, clock)
     with StopRequest(accelerator) as stop:
-        for step, batch in zip(steps, loader, strict=True):
+        for step, batch, drawn in zip(steps, loader, draw_ahead(recipe, steps, network, share), strict=True):
             # what a network draws for itself (drop path) is the same after a restart and different on every process
             torch.manual_seed(derive_seed(recipe.seed, "network", step, rank))
             images = batch.images.to(device, non_blocking=True).float() / 255  # (N, 3, H, W) in [0, 1]
-            draws = draw(recipe, step, network, share).to(device)
+            draws = drawn.to(device)
             clock.mark("data")
             for scheduler in schedulers:
                 scheduler.step_update(step)
@@ -175,7 +177,14 @@ def create_record(
 ) -> RunRecord:
     """What keeps the run folder up to date, as the command asks for it."""
     recipe, output = config.recipe, config.output
-    grid = FixedGrid(preview(source, 8), team.network, recipe)
+    grid = None
+    if output.grid_every and accelerator.is_main_process:
+        images = preview(source, 8)
+        if not images:
+            raise RunError(
+                f"{source.spec}: of the images looked at none decodes; --grid-every 0 goes on without pictures"
+            )
+        grid = FixedGrid(images, team.network, recipe)
     return RunRecord(
         config.places[1],
         accelerator,
@@ -192,9 +201,9 @@ def create_record(
         ),
         keep=output.keep_checkpoints,
         max_broken=output.max_broken,
-        advice="Lower --blr (or --d-lr), set --clip-grad, or use --precision fp32.",
+        advice="In another --out: lower --blr (or --d-lr), set --clip-grad, or use --precision fp32.",
         clock=clock,
-        draw=lambda path: grid.save(team.exported, path),
+        draw=None if grid is None else functools.partial(grid.save, team.exported),
         measure=measure,
         utilisation=peak_share(recipe, accelerator),
     )
@@ -254,17 +263,6 @@ def peak_share(recipe: Recipe, accelerator: Accelerator) -> Callable[[int], floa
     return lambda step: before if step < start else after
 
 
-def phi_refresh_steps(recipe: Recipe, num_images: int | None) -> int:
-    """Steps between renewals of phi's snapshot; 0: there is none.
-
-    Raises:
-        ValueError: If epochs are asked for and the size of the data set is not known.
-    """
-    if not isinstance(recipe, AdversarialRecipe) or recipe.phi != "snapshot":
-        return 0
-    return steps_of("--phi-refresh", recipe.phi_refresh, num_images, recipe.batch_size)
-
-
 def knn_steps(config: Config, num_images: int | None) -> int:
     """Steps between measurements of held-out images; 0: there are none.
 
@@ -276,17 +274,6 @@ def knn_steps(config: Config, num_images: int | None) -> int:
     return steps_of("--knn-every", config.monitor.knn_every, num_images, config.recipe.batch_size)
 
 
-def steps_of(flag: str, epochs: float, num_images: int | None, batch_size: int) -> int:
-    """Steps that epochs take, at least one.
-
-    Raises:
-        ValueError: If the size of the data set is not known; names the flag.
-    """
-    if num_images is None:
-        raise ValueError(f"{flag} counts epochs, and this stream does not know its size: give --epoch-images")
-    return max(1, round(epochs * num_images / batch_size))
-
-
 def dry_run(config: Config) -> str:
     """What the command would do and cost."""
     estimate = config.estimate
@@ -296,7 +283,7 @@ def dry_run(config: Config) -> str:
         raise ValueError(f"{error}; --devices says how many processes are meant, --dry-run takes 8") from error
     return describe(
         config.recipe,
-        num_images=(config.feed and num_images(config.feed.open())) or estimate.images,
+        num_images=num_images(config.feed.open()) if config.feed else estimate.images,
         per_device=config.recipe.batch_size // (estimate.devices * config.runtime.micro_batches),
         peak_tflops=estimate.peak_tflops,
         utilisation=estimate.assumed_utilisation,

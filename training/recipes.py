@@ -90,7 +90,11 @@ class Recipe:
             "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"),
             "crop_scale": (0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "two ascending numbers in (0, 1]"),
             "decoder_depth": (self.decoder_depth > 0, "above 0"),
-            "decoder_dim": (self.decoder_dim % (4 * self.decoder_heads) == 0, "a multiple of 4 and of --decoder-heads"),
+            "decoder_heads": (self.decoder_heads > 0, "above 0"),
+            "decoder_dim": (
+                self.decoder_dim > 0 and self.decoder_dim % 4 == self.decoder_dim % max(1, self.decoder_heads) == 0,
+                "a multiple of 4 and of --decoder-heads",
+            ),
         }
 
     @property

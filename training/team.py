@@ -1,5 +1,6 @@
 """The players of a run: networks, optimisers and the state between steps, as the recipe asks for them."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -197,6 +198,8 @@ def create_team(recipe: Recipe, device: torch.device, *, encoder: nn.Module | No
     Raises:
         ValueError: If the recipe's model is unknown or cannot be pretrained.
     """
+    # float32 is what penalties on gradients ask for; by itself cuDNN rounds what it convolves to TF32's ten bits
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(derive_seed(recipe.seed, "init"))
     player = _create_autoencoder(recipe, encoder or create_encoder(recipe), device)
     team = Team(recipe, player, NonFiniteGuard(torch.zeros((), device=device)))
@@ -235,7 +238,8 @@ def _create_adversary(recipe: AdversarialRecipe, network: MaskedAutoencoder, dev
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True)
     state = AdversaryState(recipe, ADVERSARIAL_LOSSES[recipe.adversarial_loss].neutral)
     _move(state, device)
-    phi = create_phi(recipe, discriminator, lambda: _create_discriminator(recipe, network, device), device)
+    create_twin = functools.partial(_create_discriminator, recipe, network, device)
+    phi = create_phi(recipe, discriminator, create_twin, network.image_size, device)
     return Adversary(recipe, Player(discriminator, optimizer, discriminator, discriminator), state, phi)
 
 

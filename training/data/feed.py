@@ -37,10 +37,12 @@ class Feed:
 
         Raises:
             FileNotFoundError: If there is no image.
-            ValueError: If it cannot be read.
+            ValueError: If it cannot be read, or knows itself how many images make an epoch.
         """
         if self.spec.startswith(STREAM_PREFIX):
             return ImageStream(self.spec, split=self.split, column=self.column, epoch_images=self.epoch_images)
+        if self.epoch_images is not None:
+            raise ValueError(f"--epoch-images is for streams: {self.spec} knows how many images it has")
         return ImageSource(self.spec, cache=self.cache, split=self.split, column=self.column)
 
 
@@ -49,9 +51,12 @@ def num_images(source: ImageSource | ImageStream) -> int | None:
     return source.epoch_images if isinstance(source, ImageStream) else len(source)
 
 
-def describe_data(source: ImageSource | ImageStream, num_processes: int) -> dict[str, Any]:
+def describe_data(feed: Feed, source: ImageSource | ImageStream, num_processes: int) -> dict[str, Any]:
     """What must stay the same when a run is resumed; a stream's order depends on the number of processes too."""
     described = {"name": PurePath(source.spec).name, "images": num_images(source)}
+    # left out where they are the defaults, as by older runs
+    described |= {"split": feed.split} if feed.split != Feed.split else {}
+    described |= {"column": feed.column} if feed.column else {}
     return {**described, "processes": num_processes} if isinstance(source, ImageStream) else described
 
 

@@ -196,7 +196,8 @@ class RandomViews(Dataset[tuple[Tensor, list[str]]]):
                 broken.append(self.source.name(index))
         else:
             raise ImageError(self.source.spec, f"none of its {len(self.source)} images decodes")
-        return self.view(image, derive_seed(self.seed, "view", *key)), broken
+        # those behind the first are named when their own turn comes
+        return self.view(image, derive_seed(self.seed, "view", *key)), broken[:1]
 
 
 def _collate(items: list[tuple[Tensor, list[str]]]) -> Batch:

@@ -57,6 +57,8 @@ class FolderReader:
 
     def __init__(self, root: Path) -> None:
         found, class_numbers = find_images_and_targets(str(root), types=set(IMAGE_SUFFIXES), sort=False)
+        # macOS puts a hidden ._NAME with the same ending beside a file
+        found = [item for item in found if not Path(item[0]).name.startswith(".")]
         if not found:
             raise FileNotFoundError(f"{root}: no image found")
         # the name itself decides between names that differ by case only, which the natural key takes for equal

@@ -223,7 +223,8 @@ class CompressedTarReader(TarReader):
 
 
 def _is_image(name: str) -> bool:
-    return f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+    base = name.rpartition("/")[2]  # macOS puts a hidden ._NAME with the same ending beside a file
+    return not base.startswith(".") and f".{base.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
 def _sample_key(name: str) -> str:

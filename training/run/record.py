@@ -169,7 +169,8 @@ class RunRecord:
         if self.broken > self.max_broken * self.step * self.batch_size:
             raise RunError(
                 f"{self.broken:.0f} of {self.step * self.batch_size} images did not decode, more than --max-broken "
-                f"{self.max_broken:g}: mend or remove the files named above"
+                f"{self.max_broken:g}: mend the files named above, or raise --max-broken, and --resume auto goes on;"
+                " without them it is another data set, for another --out"
             )
 
     def _measure(self) -> dict[str, float]:

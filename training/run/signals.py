@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT ask a run to stop after the step it is in; a Ctrl-C after that ends it at once."""
 
+import multiprocessing
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -38,9 +39,13 @@ class StopRequest:
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:  # a loader process may hang in a read, and would be waited for
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise because they die
+            for child in multiprocessing.active_children():
+                child.kill()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
