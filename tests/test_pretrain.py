@@ -325,7 +325,7 @@ def test_a_share_of_broken_images_is_skipped_and_too_many_stop(
     for path in data.iterdir():
         path.write_bytes(b"")
     said = fail_here(*arguments, "--out", tmp_path / "none", "--grid-every", 1)
-    assert f"{data}: no image looked at decodes" in said
+    assert f"{data}: of the images looked at none decodes" in said
 
 
 def test_a_second_interrupt_ends_a_run_whose_loader_hangs(photos: Path, tmp_path: Path) -> None:
