@@ -7,7 +7,7 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,17 @@ from training.data.boxes import DetectionViews, fit_to_canvas
 from training.data.coco import Objects, open_coco
 from training.data.sampler import ImageKey
 from training.evaluate.average_precision import Predictions, average_precision
-from training.evaluate.detection import DetectionSettings, create_task, learn_detector, predict, run_detection
+from training.evaluate.detection import (
+    DetectionSettings,
+    create_task,
+    learn_detector,
+    open_detection,
+    predict,
+    run_detection,
+)
 from training.evaluate.features import fingerprint_weights
 from training.evaluate.models import open_model
-from training.evaluate.rows import Place
+from training.evaluate.rows import Place, Row
 from training.evaluate.split import find_duplicates
 from training.evaluate.trainer import Engine
 from training.networks.pyramid import Canvas, DetectorShape, PyramidBackbone, build_detector
@@ -51,6 +58,10 @@ SETTINGS = DetectionSettings(
     sampled_boxes=16,
     resamples=20,
 )
+
+
+def detect(name: str, settings: DetectionSettings, place: Place) -> Iterator[Row]:
+    return run_detection(name, open_detection(settings), settings, place)
 
 
 def shapes(seed: int) -> tuple[Image.Image, list[dict[str, Any]]]:
@@ -604,7 +615,7 @@ def test_resumed_is_straight(shapes_set: Path, tmp_path: Path, monkeypatch: pyte
 def test_shapes_are_found(shapes_set: Path, tmp_path: Path) -> None:
     place = Place(out=tmp_path, engine=Engine(device="cpu"))
     settings = dataclasses.replace(SETTINGS, data=shapes_set)
-    rows = {row.metric: row for row in run_detection(MODEL, settings, place)}
+    rows = {row.metric: row for row in detect(MODEL, settings, place)}
     assert list(rows) == ["box_ap", "box_ap50", "mask_ap", "mask_ap50"]
     assert rows["box_ap50"].value.mean > 0.8
     assert rows["mask_ap50"].value.mean > 0.8
@@ -619,7 +630,7 @@ def test_shapes_are_found(shapes_set: Path, tmp_path: Path) -> None:
         assert picture.height > 2 * 288
     json.dumps([dataclasses.asdict(row) for row in rows.values()])
 
-    again = list(run_detection(MODEL, settings, place))
+    again = list(detect(MODEL, settings, place))
     assert [row.value for row in again] == [row.value for row in rows.values()], "from the finished run"
 
 
@@ -656,7 +667,7 @@ def test_boxes_alone_and_wrong_settings(shapes_set: Path, tmp_path: Path) -> Non
     settings = dataclasses.replace(
         SETTINGS, data=shapes_set, masks=False, epochs=1 / 12, encoder=("frozen",), resamples=0
     )
-    rows = list(run_detection(f"{MODEL}@random", settings, Place(out=tmp_path, engine=Engine(device="cpu"))))
+    rows = list(detect(f"{MODEL}@random", settings, Place(out=tmp_path, engine=Engine(device="cpu"))))
     assert [row.metric for row in rows] == ["box_ap", "box_ap50"]
     for changes, message in (
         ({"data": None}, "data: give a folder"),
@@ -667,4 +678,4 @@ def test_boxes_alone_and_wrong_settings(shapes_set: Path, tmp_path: Path) -> Non
         ({"score_threshold": 5.0}, "score_threshold is 5.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(run_detection(MODEL, dataclasses.replace(settings, **changes), Place(out=tmp_path)))  # type: ignore[arg-type]
+            list(detect(MODEL, dataclasses.replace(settings, **changes), Place(out=tmp_path)))  # type: ignore[arg-type]

@@ -254,6 +254,13 @@ def test_dense_protocols_go_from_the_command_to_the_page(tmp_path: Path) -> None
     seeded = evaluate(dataclasses.replace(chosen, settings=Settings(seed=1), out=tmp_path / "seed"))
     runs = [row["detail"]["run"] for row in (*found["results"], *seeded["results"])]
     assert len(set(runs)) == 4, "--seed decides these runs too"
+    image = tmp_path / "masks" / "test" / "images" / "0.png"
+    Image.new("RGB", (64, 48), "red").save(image)
+    other = dataclasses.replace(chosen, models=(f"{PICO}@random",), protocols=("segmentation",))
+    runs_before = sorted((tmp_path / "out" / "runs").iterdir())
+    with pytest.raises(ValueError, match="figures of other data"):
+        evaluate(other)
+    assert sorted((tmp_path / "out" / "runs").iterdir()) == runs_before, "told before anything is trained"
     for protocol in ("segmentation", "detection"):
         grouped = dataclasses.replace(chosen, protocols=(protocol,), groups=r"(\d)\.png", out=tmp_path / "groups")
         with pytest.raises(ValueError, match="share 2 groups, such as 0"):

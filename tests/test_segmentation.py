@@ -7,7 +7,7 @@ import shutil
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from training.evaluate.segmentation import (
     SegmentationSettings,
     SegmentationViews,
     create_task,
+    open_segmentation,
     pixel_loss,
     run_segmentation,
 )
@@ -38,6 +39,10 @@ from training.evaluate.trainer import Engine, Schedule, fit
 from training.networks.segmenter import Segmenter
 
 SIZE = 64
+
+
+def segment(name: str, settings: SegmentationSettings, place: Place) -> Iterator[Row]:
+    return run_segmentation(name, open_segmentation(settings), settings, place)
 
 
 def shapes(number: int) -> tuple[Image.Image, NDArray[np.uint8]]:
@@ -99,7 +104,7 @@ def test_known_shapes_are_learned_and_a_second_call_learns_nothing(
     chosen = settings(data, epochs=30, batch_size=8, lr=3e-3, crop_scale=(0.5, 1.0), encoder=("fine_tuned",))
 
     def run() -> list[Row]:
-        return list(run_segmentation("test_vit@random", chosen, place(tmp_path)))
+        return list(segment("test_vit@random", chosen, place(tmp_path)))
 
     rows = run()
     assert [(row.setting, row.metric) for row in rows] == [("fine_tuned", "miou"), ("fine_tuned", "pixel_accuracy")]
@@ -149,7 +154,7 @@ def _batch(views: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = settings(data, epochs=1, batch_size=6, encoder=("fine_tuned",))  # 4 steps
-    straight = list(run_segmentation("test_vit@random", chosen, place(tmp_path / "straight")))
+    straight = list(segment("test_vit@random", chosen, place(tmp_path / "straight")))
 
     class Stop(trainer.StopRequest):
         asked = 0
@@ -160,8 +165,8 @@ def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(trainer, "StopRequest", Stop)
     with pytest.raises(trainer.Interrupted):
-        list(run_segmentation("test_vit@random", chosen, place(tmp_path / "resumed")))
-    resumed = list(run_segmentation("test_vit@random", chosen, place(tmp_path / "resumed")))
+        list(segment("test_vit@random", chosen, place(tmp_path / "resumed")))
+    resumed = list(segment("test_vit@random", chosen, place(tmp_path / "resumed")))
     assert Stop.asked == 4
     assert [row.value for row in resumed] == [row.value for row in straight]
     last = [
@@ -471,13 +476,13 @@ def test_test_images_that_are_training_images_are_counted_and_nothing_else_is_no
     small: Path, tmp_path: Path
 ) -> None:
     shutil.copy(small / "train" / "images" / "0.bmp", small / "test" / "images" / "2.bmp")
-    rows = list(run_segmentation("test_vit@random", settings(small, epochs=1, encoder=("frozen",)), place(tmp_path)))
+    rows = list(segment("test_vit@random", settings(small, epochs=1, encoder=("frozen",)), place(tmp_path)))
     duplicates: Any = rows[0].detail["duplicates"]
     assert (duplicates["images"], duplicates["first"]) == (1, ("test/images/2.bmp", "train/images/0.bmp"))
     for file in (small / "test" / "images").iterdir():
         shutil.copy(small / "train" / "images" / "0.bmp", file)
     with pytest.raises(ValueError, match=r"all test images of .* are training images"):
-        list(run_segmentation("test_vit@random", settings(small), place(tmp_path)))
+        list(segment("test_vit@random", settings(small), place(tmp_path)))
 
 
 def test_settings_that_mean_nothing_are_refused(data: Path, tmp_path: Path) -> None:
@@ -489,7 +494,7 @@ def test_settings_that_mean_nothing_are_refused(data: Path, tmp_path: Path) -> N
     ):
         wrong = dataclasses.replace(settings(data), **changes)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
-            list(run_segmentation("test_vit@random", wrong, place(tmp_path)))
+            list(segment("test_vit@random", wrong, place(tmp_path)))
 
 
 def test_camvid(real_data: Path) -> None:

@@ -1,5 +1,6 @@
 """The try-it page: what it computes against independent computations, what it refuses, and the page in a browser."""
 
+import http.client
 import shutil
 import struct
 import zlib
@@ -23,13 +24,13 @@ from perceptual_mae_models.autoencoder import (
     random_masking,
     unpatchify,
 )
-from perceptual_mae_models.commands.serve import is_loopback
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import nearest
 from perceptual_mae_models.images import ImageError, find_images
 from perceptual_mae_models.reconstruction import middle, open_shipped, rebuild, shipped_autoencoders
 from perceptual_mae_models.serve import uploads
 from perceptual_mae_models.serve.bench import Workbench, mask_text
+from perceptual_mae_models.serve.hosts import is_loopback, own_names
 from perceptual_mae_models.serve.maps import attention_map, feature_maps, pca_map, principal_components
 from perceptual_mae_models.serve.markup import Figure, figures, message
 from perceptual_mae_models.serve.neighbours import NeighbourIndex
@@ -340,6 +341,19 @@ def address(index: NeighbourIndex) -> Iterator[str]:
     blocks = page.build(Workbench(index=index), samples())
     yield page.launch(blocks, "127.0.0.1", 0, block=False)
     blocks.close()
+
+
+def test_a_page_of_this_machine_answers_to_its_own_names_alone(address: str) -> None:
+    port = int(address.rstrip("/").rpartition(":")[2])
+    statuses = {}
+    for name in ("127.0.0.1", "localhost", "evil.example"):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/config", headers={"Host": f"{name}:{port}"})
+        statuses[name] = connection.getresponse().status
+        connection.close()
+    assert statuses == {"127.0.0.1": 200, "localhost": 200, "evil.example": 400}
+    assert "[" in own_names("::1")
+    assert own_names("0.0.0.0") == []
 
 
 @pytest.mark.slow

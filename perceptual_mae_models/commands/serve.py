@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from ipaddress import ip_address
 from typing import TYPE_CHECKING
+
+from perceptual_mae_models.serve.hosts import is_loopback
 
 if TYPE_CHECKING:
     from perceptual_mae_models.serve.neighbours import NeighbourIndex
@@ -31,14 +32,6 @@ def serve(arguments: argparse.Namespace) -> int:
     bench = Workbench(arguments.device or default_device(), index)
     launch(build(bench, samples()), arguments.host, arguments.port)
     return 0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address or name."""
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read_folder(arguments: argparse.Namespace) -> "NeighbourIndex":

@@ -81,7 +81,8 @@ def principal_components(tokens: Tensor, count: int = 3) -> tuple[Tensor, Tensor
         (L, count), and the share of the variance that each explains (count,). Of each direction the largest entry is
         positive, since its sign means nothing and should not depend on the machine.
     """
-    centred = tokens.double() - tokens.double().mean(dim=0)
+    tokens = tokens.cpu().double()  # Apple's GPUs have no float64
+    centred = tokens - tokens.mean(dim=0)
     u, s, vt = torch.linalg.svd(centred, full_matrices=False)
     signs = vt.gather(1, vt.abs().argmax(dim=1, keepdim=True)).sign().squeeze(1)  # (min(L, D),)
     variance = s.square()

@@ -11,6 +11,7 @@ from torch import Tensor
 from perceptual_mae_models.images import ImageError
 from perceptual_mae_models.serve.assets import CSS, PAINT, PICK
 from perceptual_mae_models.serve.bench import Workbench, mask_text
+from perceptual_mae_models.serve.hosts import own_names
 from perceptual_mae_models.serve.markup import message, note, painter, sample_buttons
 from perceptual_mae_models.serve.uploads import MAX_BYTES, MAX_PIXELS, keepable, open_upload
 
@@ -18,6 +19,8 @@ from perceptual_mae_models.serve.uploads import MAX_BYTES, MAX_PIXELS, keepable,
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 RANDOM, PAINTED = "At random", "By painting"
 MEAN = "Mean of heads"
@@ -237,6 +240,8 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
     Raises:
         OSError: If the port is taken.
     """
+    names = own_names(host)
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=names)] if names else []
     theme = gr.themes.Default(font=FONT, font_mono=("ui-monospace", "monospace"), primary_hue="blue")
     try:
         _, address, _ = blocks.launch(
@@ -251,6 +256,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
             prevent_thread_lock=True,
             theme=theme,
             css=CSS,
+            app_kwargs={"middleware": guards},
         )
     except OSError as error:  # gradio's own message speaks of its settings, not of ours
         raise OSError(f"cannot listen at {host}, port {port}: choose another with --port ({error})") from error

@@ -10,7 +10,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
@@ -31,12 +32,12 @@ from training.evaluate.features import (
 from training.evaluate.fidelity import run_reconstruction
 from training.evaluate.finetune import classify, fine_tune, run_finetune
 from training.evaluate.models import PIXELS, describe_model, open_model
-from training.evaluate.options import DENSE, Options
+from training.evaluate.options import Options
 from training.evaluate.protocols import ON_FEATURES
 from training.evaluate.rows import Row
 from training.evaluate.segmentation import run_segmentation
 from training.evaluate.shift import run_shift
-from training.evaluate.sources import check_before, label, open_sources
+from training.evaluate.sources import Dense, check_before, label, open_dense, open_sources
 from training.evaluate.split import find_duplicates
 from training.report.page import write_report
 from training.report.results import read_results
@@ -123,22 +124,19 @@ def judge_reconstruction(name: str, sources: dict[str, ImageSource], options: Op
             yield result_of(name, row)
 
 
-def judge_dense(name: str, sources: dict[str, ImageSource], options: Options) -> Iterator[Result]:
+def judge_dense(name: str, dense: Dense, options: Options) -> Iterator[Result]:
     """Segmentation and detection, where they are asked for."""
     if name.startswith(PIXELS):
         return
     seed = options.settings.seed
-    if "segmentation" in options.protocols:
+    if dense.segmentation:
         segmentation = dataclasses.replace(options.segmentation, seed=seed)
-        for row in run_segmentation(name, segmentation, options.place, options.groups):
+        for row in run_segmentation(name, dense.segmentation, segmentation, options.place):
             yield result_of(name, row)
-    if "detection" in options.protocols:
+    if dense.detection:
         detection = dataclasses.replace(options.detection, seed=seed)
-        for row in run_detection(name, detection, options.place, options.groups):
+        for row in run_detection(name, dense.detection, detection, options.place):
             yield result_of(name, row)
-
-
-JUDGES = (judge_features, judge_finetuned, judge_reconstruction, judge_dense)
 
 
 def result_of(name: str, row: Row, representation: str = "", facts: dict[str, Any] | None = None) -> Result:
@@ -159,13 +157,14 @@ def evaluate(options: Options) -> dict[str, Any]:
     sources = open_sources(options)
     prints = {split: fingerprint_data(source) for split, source in sources.items()}
     check_before(options, sources, prints)
+    dense = open_dense(options)
     writes = os.environ.get("RANK", "0") == "0"
     duplicates = find_duplicates(sources["train"], sources["test"]) if "train" in sources else None
     if duplicates and duplicates.images and writes:
         print(duplicates)
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "data": describe_data(sources, prints),
+        "data": {**describe_data(sources, prints), **dense.facts},
         "duplicates": duplicates and dataclasses.asdict(duplicates),
         "settings": describe_settings(options),
         "versions": {**versions(), **{name: version(name) for name in PACKAGES}},
@@ -174,10 +173,13 @@ def evaluate(options: Options) -> dict[str, Any]:
     }
     keep_earlier(found, options)
     options.out.mkdir(parents=True, exist_ok=True)
+    on_images = (judge_features, judge_finetuned, judge_reconstruction)
+    judges: list[Callable[[str], Iterator[Result]]] = [partial(j, sources=sources, options=options) for j in on_images]
+    judges.append(partial(judge_dense, dense=dense, options=options))
     renewed: set[tuple[str, str]] = set()
-    for name, judge in itertools.product(options.models, JUDGES):
+    for name, judge in itertools.product(options.models, judges):
         try:
-            for result in judge(name, sources, options):
+            for result in judge(name):
                 add_result(found, result, renewed)
                 if writes:
                     print(show(result), flush=True)
@@ -200,8 +202,6 @@ def add_result(found: dict[str, Any], result: Result, renewed: set[tuple[str, st
         renewed.add(key)
         found["results"] = [row for row in found["results"] if (row["model"], row["protocol"]) != key]
     found["results"].append(result)
-    if result["protocol"] in DENSE:
-        found["data"][result["protocol"]] = result["detail"]["data"]
 
 
 def keep_earlier(found: dict[str, Any], options: Options) -> None:

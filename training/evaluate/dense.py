@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -18,9 +18,11 @@ from tyro.conf import Suppress
 
 from training.evaluate.encoders import encoder_groups, is_random
 from training.evaluate.rows import Place
+from training.evaluate.split import Duplicates
 from training.evaluate.trainer import Schedule, Task, fit, run_name
 
 Mode = Literal["frozen", "fine_tuned"]
+Source = TypeVar("Source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,20 @@ class DenseSettings:
         for wrong, message in self.wrong():
             if wrong:
                 raise ValueError(f"{protocol}: {message}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseData(Generic[Source]):
+    """Images with their annotations, opened and checked."""
+
+    train: Source
+    test: Source
+    learned: dict[str, str]
+    """Fingerprints of the training images and their annotations."""
+    facts: dict[str, Any]
+    """Name, number of test images and fingerprint of everything, as results.json says them."""
+    duplicates: Duplicates
+    """Between the two."""
 
 
 def create_optimizer(

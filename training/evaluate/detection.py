@@ -25,7 +25,7 @@ from perceptual_mae_models.images import ImageError
 from training.data.boxes import DetectionViews, Target, fit_to_canvas
 from training.data.coco import CocoSource, Objects, decode_masks, encode_mask, open_coco
 from training.evaluate.average_precision import AveragePrecision, Predictions, average_precision
-from training.evaluate.dense import DenseSettings, Mode, create_optimizer, learn
+from training.evaluate.dense import DenseData, DenseSettings, Mode, create_optimizer, learn
 from training.evaluate.features import combine, fingerprint_data, fingerprint_model
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
@@ -206,13 +206,17 @@ def _heads(network: Any) -> list[nn.Module]:
     return [network.backbone.pyramid, network.rpn, network.roi_heads]
 
 
+def fingerprints(source: CocoSource) -> dict[str, str]:
+    """Of the images and of what is said of them."""
+    return {"train": fingerprint_data(source), "annotations": source.digest}
+
+
 def learn_detector(
     name: str, train: CocoSource, settings: DetectionSettings, mode: Mode, place: Place
 ) -> tuple[nn.Module, dict[str, object], float]:
     """A trained detector, what there is to say about it, and the seconds of its training."""
     task, recipe, strides = create_task(name, train, settings, mode)
-    prints = {"train": fingerprint_data(train), "annotations": train.digest}
-    network, detail, seconds = learn("detection", task, recipe, prints, settings, place)
+    network, detail, seconds = learn("detection", task, recipe, fingerprints(train), settings, place)
     return network, {**detail, "strides": strides}, seconds
 
 
@@ -234,24 +238,17 @@ def score(source: CocoSource, found: list[Predictions], settings: DetectionSetti
     }
 
 
-def run_detection(name: str, settings: DetectionSettings, place: Place, groups: str | None = None) -> Iterator[Row]:
-    """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
+def open_detection(settings: DetectionSettings, groups: str | None = None) -> DenseData[CocoSource]:
+    """Open the images and look at every one.
 
     Args:
-        name: Of the encoder, see `training/evaluate/models.py`.
-        settings: What to learn from, and how.
-        place: Where and how fast to run.
+        settings: Where they are, and whether their masks are wanted.
         groups: See `name_groups`; none may be in both splits.
 
-    Yields:
-        For each way of using the encoder `box_ap` and `box_ap50`, and `mask_ap` and `mask_ap50` where there are masks:
-        see `average_precision.py`. Intervals are over the test images; what other seeds give is not in them.
-
     Raises:
-        ValueError: If data, model or settings do not allow it.
-        FileNotFoundError: If data or weights are missing.
+        ValueError: If data or settings do not allow it.
+        FileNotFoundError: If there are none.
         ImageError: At an image that does not decode.
-        RunError: If a loss is not finite.
     """
     settings.check("detection")
     assert settings.data is not None
@@ -259,6 +256,32 @@ def run_detection(name: str, settings: DetectionSettings, place: Place, groups: 
     duplicates = refuse_copies(train, test, groups)
     for source in (train, test):
         source.look_at_all()
+    everything = combine(*fingerprints(train).values(), *fingerprints(test).values())
+    facts = {"name": settings.data.name, "images": len(test), "fingerprint": everything}
+    return DenseData(train=train, test=test, learned=fingerprints(train), facts=facts, duplicates=duplicates)
+
+
+def run_detection(name: str, data: DenseData[CocoSource], settings: DetectionSettings, place: Place) -> Iterator[Row]:
+    """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
+
+    Args:
+        name: Of the encoder, see `training/evaluate/models.py`.
+        data: Of `open_detection`.
+        settings: How to learn.
+        place: Where and how fast to run.
+
+    Yields:
+        For each way of using the encoder `box_ap` and `box_ap50`, and `mask_ap` and `mask_ap50` where there are masks:
+        see `average_precision.py`. Intervals are over the test images; what other seeds give is not in them.
+
+    Raises:
+        ValueError: If model or settings do not allow it.
+        FileNotFoundError: If weights are missing.
+        ImageError: At an image that does not decode.
+        RunError: If a loss is not finite.
+    """
+    settings.check("detection")
+    train, test = data.train, data.test
     for mode in settings.encoder:
         network, detail, seconds = learn_detector(name, train, settings, mode, place)
         started = time.monotonic()
@@ -266,13 +289,8 @@ def run_detection(name: str, settings: DetectionSettings, place: Place, groups: 
         picture = Path("pictures") / f"{Path(str(detail['run'])).name}.png"
         if PartialState().is_main_process:
             draw(test, found, f"{name}, {mode}", place.out / picture)
-        data = {
-            "name": Path(settings.data).name,
-            "images": len(test),
-            "fingerprint": combine(fingerprint_data(train), train.digest, fingerprint_data(test), test.digest),
-        }
-        detail |= {"picture": picture.as_posix(), "data": data, "train_images": len(train), "test": test.reader.json}
-        detail["duplicates"] = dataclasses.asdict(duplicates)
+        detail |= {"picture": picture.as_posix(), "data": data.facts, "train_images": len(train)}
+        detail |= {"test": test.reader.json, "duplicates": dataclasses.asdict(data.duplicates)}
         detail |= {"dropped_boxes": {"train": train.dropped, "test": test.dropped}}
         results = score(test, found, settings)
         seconds += time.monotonic() - started

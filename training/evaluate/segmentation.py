@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop, func
 from perceptual_mae_models.images import ImageError
 from training.data.masks import VOID, MaskSource, open_masks
 from training.data.sampler import ImageKey
-from training.evaluate.dense import DenseSettings, Mode, create_optimizer, learn
+from training.evaluate.dense import DenseData, DenseSettings, Mode, create_optimizer, learn
 from training.evaluate.encoders import build_encoder
 from training.evaluate.features import combine, fingerprint_data, fingerprint_weights
 from training.evaluate.iou import bootstrap, count_pixels, score
@@ -170,52 +170,68 @@ def predict(
             yield image, truth, full[0].argmax(dim=0).cpu()
 
 
+def open_segmentation(settings: SegmentationSettings, groups: str | None = None) -> DenseData[MaskSource]:
+    """Open the images and look at every mask.
+
+    Args:
+        settings: Where they are, and what is in the masks.
+        groups: See `name_groups`; none may be in both splits.
+
+    Raises:
+        ValueError: If data or settings do not allow it.
+        FileNotFoundError: If there are none.
+        ImageError: At a mask that does not decode.
+    """
+    settings.check("segmentation")
+    assert settings.data is not None
+    train, test, census = open_masks(settings.data, void=settings.void, num_classes=settings.num_classes)
+    learned = {"train": fingerprint_data(train), "masks": census["train"].digest}
+    everything = combine(*learned.values(), fingerprint_data(test), census["test"].digest)
+    return DenseData(
+        train=train,
+        test=test,
+        learned=learned,
+        facts={"name": settings.data.name, "images": len(test), "fingerprint": everything},
+        duplicates=refuse_copies(train, test, groups),
+    )
+
+
 def run_segmentation(
-    name: str, settings: SegmentationSettings, place: Place, groups: str | None = None
+    name: str, data: DenseData[MaskSource], settings: SegmentationSettings, place: Place
 ) -> Iterator[Row]:
     """Learn on `train`; judge once on `test`, or on `val` where there is no test split.
 
     Args:
         name: Of the encoder, see `training/evaluate/models.py`.
-        settings: What to learn from, and how.
+        data: Of `open_segmentation`.
+        settings: How to learn.
         place: Where and how fast to run.
-        groups: See `name_groups`; none may be in both splits.
 
     Yields:
         For each way of using the encoder `miou` and `pixel_accuracy`.
 
     Raises:
-        ValueError: If data, model or settings do not allow it.
-        FileNotFoundError: If data or weights are missing.
-        ImageError: At an image or mask that does not decode.
+        ValueError: If model or settings do not allow it.
+        FileNotFoundError: If weights are missing.
+        ImageError: At an image that does not decode.
         RunError: If a loss is not finite.
     """
     settings.check("segmentation")
-    assert settings.data is not None
-    train, test, census = open_masks(settings.data, void=settings.void, num_classes=settings.num_classes)
-    duplicates = refuse_copies(train, test, groups)
     for mode in settings.encoder:
-        task, recipe = create_task(name, train, settings, mode)
-        prints = {"train": fingerprint_data(train), "masks": census["train"].digest}
-        network, detail, seconds = learn("segmentation", task, recipe, prints, settings, place)
+        task, recipe = create_task(name, data.train, settings, mode)
+        network, detail, seconds = learn("segmentation", task, recipe, data.learned, settings, place)
         started = time.monotonic()
-        counts, shown = judge(network, test, settings, place)
+        counts, shown = judge(network, data.test, settings, place)
         miou, accuracy = bootstrap(counts, settings.resamples, settings.seed)
         picture = Path("pictures") / f"{Path(str(detail['run'])).name}.png"
         if PartialState().is_main_process:
-            draw(shown, f"{name}, {mode}: mIoU {miou.mean:.3f}", test, place.out / picture)
+            draw(shown, f"{name}, {mode}: mIoU {miou.mean:.3f}", data.test, place.out / picture)
         detail |= {
             "picture": picture.as_posix(),
-            "test": test.spec,
-            "data": {
-                "name": settings.data.name,
-                "images": len(test),
-                "fingerprint": combine(
-                    fingerprint_data(train), census["train"].digest, fingerprint_data(test), census["test"].digest
-                ),
-            },
-            "train_images": len(train),
-            "duplicates": dataclasses.asdict(duplicates),
+            "test": data.test.spec,
+            "data": data.facts,
+            "train_images": len(data.train),
+            "duplicates": dataclasses.asdict(data.duplicates),
             "iou_by_class": [None if math.isnan(iou) else iou for iou in score(counts.sum(dim=0))[2].tolist()],
         }
         seconds += time.monotonic() - started

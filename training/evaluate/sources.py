@@ -1,18 +1,24 @@
 """The images that a command names, and whether its protocols can follow from them."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.data.coco import CocoSource
 from training.data.images import ImageSource, keep_some
-from training.evaluate.dense import DenseSettings
+from training.data.masks import MaskSource
+from training.evaluate.dense import DenseData, DenseSettings
+from training.evaluate.detection import open_detection
 from training.evaluate.features import Features
 from training.evaluate.few_shot import draw_shots
 from training.evaluate.fidelity import open_judges
 from training.evaluate.finetune_recipe import check_batch, resolve_recipe
 from training.evaluate.models import PIXELS, check_name, open_autoencoder
 from training.evaluate.options import DENSE, LABELLED, LEARNING, Options
+from training.evaluate.segmentation import open_segmentation
 from training.evaluate.shift import check_settings, open_shifted
 from training.evaluate.split import check_pair, hold_back, name_groups, refuse_copies
 from training.run.engine import count_processes
@@ -60,6 +66,35 @@ def open_sources(options: Options) -> dict[str, ImageSource]:
         )
         sources[split] = keep_some(source, getattr(options, f"{split}_images"))
     return sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """The data of the dense protocols that were asked for."""
+
+    segmentation: DenseData[MaskSource] | None
+    detection: DenseData[CocoSource] | None
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What results.json says of them, by protocol."""
+        opened = {"segmentation": self.segmentation, "detection": self.detection}
+        return {protocol: data.facts for protocol, data in opened.items() if data}
+
+
+def open_dense(options: Options) -> Dense:
+    """Open the data of the dense protocols, all images and masks looked at.
+
+    Raises:
+        ValueError: If it cannot be learned from.
+        FileNotFoundError: If there is none.
+        ImageError: If an image or mask does not decode.
+    """
+    asked, groups = options.protocols, options.groups
+    return Dense(
+        segmentation=open_segmentation(options.segmentation, groups) if "segmentation" in asked else None,
+        detection=open_detection(options.detection, groups) if "detection" in asked else None,
+    )
 
 
 def check_before(options: Options, sources: dict[str, ImageSource], prints: dict[str, str]) -> None:
