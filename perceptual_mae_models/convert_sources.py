@@ -114,14 +114,14 @@ def read_source(file: Path) -> Source:
     flat = dict(flatten(_lists_as_mappings(tree)))
     if not flat:
         raise CheckpointError(f"{file} holds no tensors")
-    prefix, config = _find_huggingface(flat), _read_config(file.with_name("config.json"))
+    prefix, config = _find_huggingface(flat), file.with_name("config.json")
     if prefix is None:
         untouched = {name: (name,) for name in flat}
         kind = _recognise(tree, flat)
-        facts = config if kind == "timm" else _arguments(tree)
+        facts = _read_config(config) if kind == "timm" else _arguments(tree)
         return Source(file, _digest(file), kind, flat, untouched, "", facts)
     tensors, origins = _translate_huggingface(flat, prefix)
-    return Source(file, _digest(file), "huggingface", tensors, origins, prefix, config)
+    return Source(file, _digest(file), "huggingface", tensors, origins, prefix, _read_config(config))
 
 
 def describe_source(source: Source, architecture: str) -> dict[str, str]:

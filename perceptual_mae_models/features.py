@@ -69,8 +69,8 @@ class FeatureExtractor:
     - `map`: the patch tokens on their grid, (N, D, H, W).
 
     Pooled vectors pass through the model's `fc_norm` where it has one, which is its final norm then. Models without
-    tokens (convolutional ones) have no prefix: their feature map is their patch tokens. What a model does not say (which
-    tokens are patches, how they lie) is not guessed: an error says which pooling it can have.
+    tokens (convolutional ones) have no prefix: their feature map is their patch tokens. What a model does not say
+    (which tokens are patches, how they lie) is not guessed: an error says which pooling it can have.
 
     The transform is the one of the model's configuration: resize, centre crop, mean and standard deviation.
 
