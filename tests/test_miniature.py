@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import tyro
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,6 +20,9 @@ from training.data.images import ImageSource
 from training.evaluate.intervals import student_interval
 from training.evaluate.models import open_model
 from training.evaluate.options import Options
+from training.hub.card import write_card
+from training.hub.repository import EMBEDDED, build_config, facts_of
+from training.miniature.cards import fill_cards
 from training.miniature.cells import (
     SUPERVISED,
     CellError,
@@ -31,7 +35,7 @@ from training.miniature.cells import (
     split_train,
     usual_speed,
 )
-from training.miniature.choice import choose, find_sixth, fit_epochs, plan
+from training.miniature.choice import choose, find_default, find_sixth, fit_epochs, plan
 from training.miniature.report import describe_study
 from training.miniature.run import list_cells, main, next_cell, read_cells, write_report
 from training.miniature.study import (
@@ -68,7 +72,9 @@ def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
         rows += [row("reconstruction", "hidden", "psnr", 20 + mean), row("reconstruction", "hidden", "kd", 5.0)]
     if cell.arm == "pixels":
         rows = [{**found, "features": "avg"} for found in rows if found["features"] == "cls+avg"]
-    made_of = {"data": {"test": {"fingerprint": "some images"}}, "settings": {"k": [20]}}
+    rows = [{**found, "model": "a model"} for found in rows]
+    made_of: dict[str, Any] = {"data": {"test": {"fingerprint": "some images", "images": 100}}, "settings": {"k": [20]}}
+    made_of["models"] = {"a model": {"weights": cell.name}}
     judged = {images: {"results": rows, **made_of} for images in evaluations(cell)}
     made = {
         "recipe": {"norm_pix_loss": cell.method == "mae" and not cell.flags},
@@ -261,6 +267,52 @@ def test_figures_of_other_images_settings_or_networks_do_not_share_a_table() -> 
         judged[last] = change
         with pytest.raises(ValueError, match=r"imagenette: .* of (epochs-mae-1|epochs-ms_ssim-1) is .*run one of them"):
             describe_study(found)
+
+
+def test_cards_hold_the_figures_of_the_long_runs_that_made_the_weights_and_the_choice(tmp_path: Path) -> None:
+    found = complete()
+    for name, mean in (("mae", 0.50), ("ms_ssim", 0.56), ("ls_gan_p", 0.555), ("msg_gan_p", 0.40)):
+        cell = dict(plan(found))[f"long-{name}-0"]
+        assert cell is not None
+        found[cell.name] = result(cell, mean)
+    del found["long-stylegan2_ada_p-0"]
+    assert find_default(found) is None
+    cell = dict(plan(found))["long-stylegan2_ada_p-0"]
+    assert cell is not None
+    found[cell.name] = result(cell, 0.45)
+    assert find_default(found) == "ms_ssim"
+    assert "default is `ms_ssim_imagenette`" in describe_study(found)
+
+    embedded = json.loads((EMBEDDED / f"{MODEL}.mae_imagenette.json").read_text())
+    made = {"mae": "some older run", "ms_ssim": "long-ms_ssim-0", "msg_gan_p": "long-msg_gan_p-0"}
+    files = {arm: tmp_path / f"{MODEL}.{arm}_imagenette.json" for arm in made}
+    for arm, weights in made.items():
+        files[arm].write_text(json.dumps({**embedded, "weights": weights}))
+    assert fill_cards(found, tmp_path) == [files["ms_ssim"], files["msg_gan_p"]]
+    assert json.loads(files["mae"].read_text())["results"] == embedded["results"], "weights of another run"
+    provenance = json.loads(files["ms_ssim"].read_text())
+    shown = [(row["images"], row["protocol"], row["setting"]) for row in provenance["results"]]
+    assert shown[:3] == [
+        ("imagenette (100 test images)", "knn", "k=20"),
+        ("imagenette (100 test images)", "linear", ""),
+        ("cifar10 (100 test images)", "knn", "k=20"),
+    ]
+    assert provenance["note"].endswith(
+        "66.0 % [65.0, 67.0]. That is the most of the five methods, which makes it the default; but the intervals of "
+        "`ls_gan_p_imagenette` reach into its own: on these images it cannot be told from them."
+    )
+    facts = facts_of(f"{MODEL}.ms_ssim_imagenette")
+    assert provenance["note"] in write_card(facts, build_config(facts), provenance)
+    other = json.loads(files["msg_gan_p"].read_text())["note"]
+    assert other.endswith("50.0 % [49.0, 51.0]. The default, `ms_ssim_imagenette`, has 66.0 % [65.0, 67.0].")
+
+
+def test_the_default_is_what_the_study_chose() -> None:
+    found = read_cells(Path(__file__).parents[1] / "training" / "miniature" / "results")
+    chosen = find_default(found)
+    default = timm.get_pretrained_cfg(MODEL)
+    assert default is not None
+    assert chosen is None or default.tag == f"{chosen}_imagenette"
 
 
 def test_nobody_is_judged_on_images_whose_labels_it_learned() -> None:

@@ -28,7 +28,7 @@ from timm.models import PretrainedCfg
 from perceptual_mae_models.hub import WEIGHTS, sha256_of
 from training.evaluate.features import fingerprint_weights
 from training.evaluate.models import open_model
-from training.hub.card import DATASETS, LABELS
+from training.hub.card import DATASETS
 from training.hub.repository import (
     DECODER,
     Weights,
@@ -39,6 +39,7 @@ from training.hub.repository import (
     open_embedded_weights,
     write_repository,
 )
+from training.hub.results import FEATURES, list_accuracies
 from training.run.checkpoint import write_atomically
 
 
@@ -54,7 +55,7 @@ def main(
     hardware: str | None = None,
     dtype: Literal["float32", "float16"] = "float16",
     results: tuple[Path, ...] = (),
-    features: str = "cls+avg",
+    features: str = FEATURES,
 ) -> None:
     """Export weights with everything that is known of them.
 
@@ -91,8 +92,9 @@ def main(
         else:
             raise ValueError(f"{source} is neither a run folder nor a tag whose weights are in the package")
         if results:
-            prints = fingerprints_of(weights, Path(source))
-            weights.provenance["results"] = [row for file in results for row in read_results(file, prints, features)]
+            # as they are, rounded, and as the run wrote them
+            known = {fingerprint_of(weights.encoder, weights.name), weights.provenance.get("weights", "")}
+            weights.provenance["results"] = [row for file in results for row in read_results(file, known, features)]
         if layout == "package":
             written = write_package_files(weights, to)
         else:
@@ -175,50 +177,29 @@ def export_run(
         "cost": {"steps": progress["step"], "seconds": round(progress["seconds"]), "hardware": hardware},
         "final_metrics": progress["metrics"],
         "versions": description["versions"],
+        "weights": fingerprint_of(run / "encoder.safetensors", name),
         "results": [],
     }
     return Weights(name=name, encoder=targets[0], decoder=targets[1], provenance=provenance)
 
 
-def fingerprints_of(weights: Weights, run: Path) -> set[str]:
-    """What `training/evaluate.py` knows these weights by: as they are, and as the run wrote them."""
-    architecture = weights.name.partition(".")[0]
-    files = (weights.encoder, run / "encoder.safetensors")
-    extractors = (open_model(f"{architecture}@{file}", device="cpu")[0] for file in files if file.is_file())
-    return {fingerprint_weights(extractor.model) for extractor in extractors}
+def fingerprint_of(encoder: Path, name: str) -> str:
+    """What `training/evaluate.py` knows the weights of a file by; `name` tells the architecture."""
+    extractor, _ = open_model(f"{name.partition('.')[0]}@{encoder}", device="cpu")
+    return fingerprint_weights(extractor.model)
 
 
 def read_results(file: Path, fingerprints: set[str], features: str) -> list[dict[str, Any]]:
-    """The accuracies of some weights in a `results.json`.
-
-    Args:
-        file: Which.
-        fingerprints: Of the weights, any of them.
-        features: The representation; figures of the whole model come with it.
+    """The accuracies of some weights in a `results.json`, which is called as its folder.
 
     Raises:
         ValueError: If it has none.
     """
     found = json.loads(file.read_text(encoding="utf-8"))
-    chosen = [name for name, facts in found["models"].items() if facts.get("weights") in fingerprints]
-    if not chosen:
-        raise ValueError(f"{file} has no figures of these weights; it judges {', '.join(found['models'])}")
-    rows = [
-        {
-            "images": f"{file.resolve().parent.name} ({found['data']['test']['images']:,} test images)",
-            **{key: row[key] for key in ("protocol", "metric", "features", "value")},
-            "setting": "" if row["protocol"] == "linear" else row["setting"],
-        }
-        for row in found["results"]
-        if row["model"] == chosen[0]
-        and row["metric"] == "accuracy"
-        and row["features"] in ("", features)
-        and row["protocol"] in LABELS
-        and (row["protocol"], row["setting"]) not in {("knn", f"k={k}") for k in (10, 100, 200)}
-    ]
-    if not rows:
-        raise ValueError(f"{file} has no accuracies of {chosen[0]} with {features} features")
-    return rows
+    try:
+        return list_accuracies(found, file.resolve().parent.name, fingerprints, features)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def write_package_files(weights: Weights, to: Path) -> list[Path]:

@@ -178,6 +178,8 @@ def describe_results(provenance: Mapping[str, Any] | None) -> Iterator[str]:
         interval = f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
         yield f"| {row['images']} | {label}, {row['features'] or 'whole model'} | {interval} |"
     yield ""
+    if note := provenance.get("note"):
+        yield f"{note}\n"
 
 
 def describe_limits(cfg: PretrainedCfg, provenance: Mapping[str, Any] | None) -> Iterator[str]:

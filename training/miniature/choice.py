@@ -56,6 +56,17 @@ def find_sixth(found: Results) -> str | None:
     return best if all(accuracy[best] > accuracy[arm] for arm in accuracy if arm not in remedies) else ""
 
 
+def find_default(found: Results) -> str | None:
+    """The method whose long run is best by the criterion, the first of equals; None until all have run."""
+    accuracy = {}
+    for arm in ARMS:
+        if takes_part(arm, "long", 0):
+            if (result := found.get(f"long-{arm.name}-0")) is None:
+                return None
+            accuracy[arm.name] = tuning_figure(result)["mean"]
+    return max(accuracy, key=lambda name: accuracy[name])
+
+
 def fit_epochs(arm: Arm, found: Results) -> float | None:
     """Epochs, to a tenth, that take as long as those of `CLOCK` in the table of equal epochs; None until both ran."""
     table = TABLES["epochs"]

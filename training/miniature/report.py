@@ -16,6 +16,7 @@ from training.miniature.choice import (
     FEATURES,
     Results,
     choose,
+    find_default,
     find_sixth,
     list_figures,
     plan,
@@ -157,6 +158,8 @@ def describe_part(found: Results, part: Part) -> Iterator[str]:
             f"Reconstructions of {', '.join(f'`{arm}`' for arm in helped)} take each patch's mean and contrast from "
             "the original, because its prediction has none: they are not to be compared with those of the others.\n"
         )
+    if part == "long" and (default := find_default(found)):
+        yield f"The package's default is `{default}_imagenette`, the best by linear probe on the tuning images.\n"
     for images in EVALUATIONS[part]:
         for shown in (judges_features, judges_images, judges_dense):
             figures = gather(found, part, images, shown)

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import tyro
 
+from training.hub_configs import HERE as HUB_CONFIGS
+from training.hub_configs import generate as generate_hub_configs
+from training.miniature.cards import fill_cards
 from training.miniature.cells import CellError, Place, run_cell
 from training.miniature.choice import Results, plan
 from training.miniature.report import CURVES, describe_study, draw_curves, list_evaluations
@@ -119,6 +122,10 @@ def main(
                 partial.replace(results / f"{cell.name}.json")
                 write_report(found, out)
         print(write_report(found, out))
+        if out == HERE:
+            for card in fill_cards(found):
+                print(card)
+            generate_hub_configs(HUB_CONFIGS)
         if html:
             write_page([*list_evaluations(found)], html)
             print(html)

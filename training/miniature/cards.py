@@ -1,0 +1,83 @@
+"""The study on the cards of the package's weights: figures of the long runs that made them, and the choice of one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.evaluate.intervals import Interval
+from training.hub.repository import EMBEDDED, as_json
+from training.hub.results import list_accuracies
+from training.miniature.choice import Results, find_default, tuning_figure
+from training.miniature.study import ARMS, MODEL
+
+IMAGES = ("imagenette", "cifar10", "fashion-mnist")
+"""Evaluations of long runs that cards show; `finetune` has a line of its own on Imagenette's."""
+
+
+def fill_cards(found: Results, folder: Path = EMBEDDED) -> list[Path]:
+    """Write the figures of long runs into the provenance of the weights that they made.
+
+    Args:
+        found: Results by their cells' names.
+        folder: Where weights lie with their provenance; those of other runs are left as they are.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for arm in ARMS:
+        result, file = found.get(f"long-{arm.name}-0"), folder / f"{MODEL}.{arm.name}_imagenette.json"
+        if result is None or not file.exists():
+            continue
+        provenance = json.loads(file.read_text(encoding="utf-8"))
+        if provenance.get("weights") not in weights_of(result):
+            continue
+        evaluations = {name: result["evaluations"][name] for name in (*IMAGES, "finetune")}
+        prints = {provenance["weights"]}
+        titles = {**{name: name for name in IMAGES}, "finetune": "imagenette"}
+        provenance["results"] = [
+            row for name, title in titles.items() for row in list_accuracies(evaluations[name], title, prints)
+        ]
+        provenance["note"] = describe_choice(found, arm.name)
+        file.write_text(as_json(provenance), encoding="utf-8")
+        written.append(file)
+    return written
+
+
+def weights_of(result: dict[str, Any]) -> set[str]:
+    """Fingerprints of the weights that a cell's evaluations judged."""
+    return {
+        facts["weights"]
+        for evaluation in result["evaluations"].values()
+        for facts in evaluation["models"].values()
+        if "weights" in facts
+    }
+
+
+def describe_choice(found: Results, arm: str) -> str:
+    """What the criterion says of a long run, and whether it tells it from the default."""
+    value = Interval(**tuning_figure(found[f"long-{arm}-0"]))
+    said = (
+        "By linear probe on the tenth of Imagenette's training images that the study chooses by (without their labels"
+        f" they were pretrained on): {write(value)}."
+    )
+    default = find_default(found)
+    if default is None:
+        return said
+    best = Interval(**tuning_figure(found[f"long-{default}-0"]))
+    if arm != default:
+        return f"{said} The default, `{default}_imagenette`, has {write(best)}."
+    others = [other.name for other in ARMS if f"long-{other.name}-0" in found and other.name != arm]
+    close = [name for name in others if tuning_figure(found[f"long-{name}-0"])["high"] >= best.low]
+    return f"{said} That is the most of the five methods, which makes it the default" + (
+        f"; but the intervals of {', '.join(f'`{name}_imagenette`' for name in close)} reach into its own: on these"
+        " images it cannot be told from them."
+        if close
+        else "."
+    )
+
+
+def write(value: Interval) -> str:
+    """A share with its interval, in per cent."""
+    mean, low, high = (f"{100 * number:.1f}" for number in (value.mean, value.low, value.high))
+    return f"{mean} % [{low}, {high}]"
