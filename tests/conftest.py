@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-LONG_FILES = ("test_methods", "test_step", "test_knn", "test_pretrain", "test_cost", "test_evaluate")
+LONG_FILES = ("test_methods", "test_step", "test_pretrain", "test_cost", "test_finetune", "test_miniature")
 """Begun first, so that no process is left alone with one of them at the end."""
 
 
