@@ -119,10 +119,7 @@ class FeatureExtractor:
         # Any: what timm adds to nn.Module (pretrained_cfg, forward_features, ...) has no type.
         self.model: Any = _build(model, checkpoint, pretrained)
         architecture = str(self.model.pretrained_cfg.get("architecture") or type(self.model).__name__)
-        if "cls" in pool and getattr(self.model, "cls_token", None) is None:
-            raise ValueError(f"{architecture} has no class token; use pool='avg'")
-        if pool not in ("cls", "tokens") and _hides_its_prefix(self.model):
-            raise ValueError(f"{architecture} does not say which of its tokens are patches; use pool='cls' or 'tokens'")
+        _check_pool(pool, self.model, architecture)
         if device is None:
             device = _own_device(self.model) if isinstance(model, nn.Module) else default_device()
         self.device = torch.device(device)
@@ -304,9 +301,13 @@ def _arrange(model: nn.Module) -> nn.Module:
     return model if tokens else model.to(memory_format=torch.channels_last)
 
 
-def _hides_its_prefix(model: nn.Module) -> bool:
-    """Tell models with a class token that do not count it (volo, pit): their patches cannot be told from it."""
-    return getattr(model, "cls_token", None) is not None and not hasattr(model, "num_prefix_tokens")
+def _check_pool(pool: Pool, model: nn.Module, architecture: str) -> None:
+    has_class_token = getattr(model, "cls_token", None) is not None
+    if "cls" in pool and not has_class_token:
+        raise ValueError(f"{architecture} has no class token; use pool='avg'")
+    # Some (volo, pit) have a class token and do not count it: their patches cannot be told from it.
+    if pool not in ("cls", "tokens") and has_class_token and not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"{architecture} does not say which of its tokens are patches; use pool='cls' or 'tokens'")
 
 
 def _own_device(model: nn.Module) -> torch.device:

@@ -63,6 +63,13 @@ def write_report(found: Results, folder: Path) -> Path:
     return path
 
 
+def write_cards(found: Results) -> None:
+    """Write what the package and hub_configs/ say of the weights that long runs made."""
+    for card in fill_cards(found):
+        print(card)
+    generate_hub_configs(HUB_CONFIGS)
+
+
 def list_cells(found: Results) -> Iterator[str]:
     """A line for each cell of the plan."""
     for name, cell in plan(found):
@@ -123,9 +130,7 @@ def main(
                 write_report(found, out)
         print(write_report(found, out))
         if out == HERE:
-            for card in fill_cards(found):
-                print(card)
-            generate_hub_configs(HUB_CONFIGS)
+            write_cards(found)
         if html:
             write_page([*list_evaluations(found)], html)
             print(html)

@@ -57,7 +57,6 @@ METRICS = {
     "seeds": Metric(title="seeds", digits=0, better="unknown"),
     "epochs": Metric(title="epochs", digits=1, better="unknown"),
     "minutes": Metric(title="minutes", digits=1, better="unknown"),
-    "gflop an image": Metric(title="GFLOP an image", better="unknown"),
 }
 """By name in small letters; of any other it is not known which way is better."""
 
