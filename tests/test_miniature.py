@@ -81,7 +81,12 @@ def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
         "cost": {"seconds": seconds, "images_per_second": 100.0, "gflop_per_image": 0.5},
         "curve": [{"images": count, "knn": mean * count / 2000} for count in (1000, 2000)],
     }
-    return {"cell": dataclasses.asdict(cell), "evaluations": judged, "machine": {"processor": "made up"}, **made}
+    return {
+        "cell": dataclasses.asdict(cell),
+        "evaluations": judged,
+        "machine": {"processor": "made up", "capability": "of sorts"},
+        **made,
+    }
 
 
 def complete(mean: float = 0.5) -> dict[str, Any]:
@@ -158,6 +163,20 @@ def test_only_some_cells_are_run_on_request() -> None:
     assert f"{'epochs-ls_gan_p-0':<28} waits for others" in lines
 
 
+def test_times_of_another_machine_or_precision_do_not_share_a_table() -> None:
+    for name, other in (("clock-ms_ssim-0", "epochs"), ("epochs-mae-1", "epochs"), ("long-ls_gan_p-0", "long")):
+        for place, change in (("machine", {"capability": "others"}), ("recipe", {"precision": "others"})):
+            found = complete()
+            found[name] = {**found[name], place: found[name][place] | change}
+            with pytest.raises(ValueError, match=rf"{other}: {next(iter(change))} of .* is .*run one of them again"):
+                describe_study(found)
+    found["floor-random-0"]["machine"] = {"processor": "another", "capability": "others"}
+    found["long-ls_gan_p-0"] = complete()["long-ls_gan_p-0"]
+    text = describe_study(found)
+    assert "made up (of sorts)" in text
+    assert "another (others)" in text
+
+
 def test_methods_of_a_seed_share_everything_but_themselves(tmp_path: Path) -> None:
     place = Place(data=tmp_path, fashion=tmp_path, work=tmp_path)
     cells = [cell for _, cell in plan(complete()) if cell and (cell.part, cell.number) == ("epochs", 1)]
@@ -167,6 +186,7 @@ def test_methods_of_a_seed_share_everything_but_themselves(tmp_path: Path) -> No
         command = pretraining(cell, place)
         assert command[command.index("--seed") + 1] == "1"
         assert command[command.index("--epochs") + 1] == "30"
+        assert command[command.index("--precision") + 1] == "bf16"
         hidden = {cell.method, cell.name, *own}
         shared.add(tuple(part for part in command if part not in hidden))
     assert len(cells) == len(ARMS)

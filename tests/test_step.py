@@ -21,7 +21,7 @@ from training.penalties import Scene, penalties
 from training.phi import TimmPhi
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.step import clip_gradient, reconstruction_loss, shown_images, training_step
-from training.team import NonFiniteGuard, Team, create_team
+from training.team import NonFiniteGuard, Team, avoid_slow_attention, create_team
 
 PICO = "vit_pico_patch8_pmae"
 FIVE = ("mae", "ms_ssim", "ls_gan_p", "msg_gan_p", "stylegan2_ada_p")
@@ -357,6 +357,21 @@ def test_bf16_is_close_and_its_losses_are_float32(method: str) -> None:
     assert all(value.dtype == torch.float32 for value in rough.values())
     assert rough["loss"] != exact["loss"], "autocast was not on"
     assert rough["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_processors_take_no_fused_attention_in_bf16_and_nothing_else_changes(precision: str) -> None:
+    recipe = tiny("ls_gan_p", precision=precision)
+    fused = [
+        module.fused_attn for module in create_team(recipe, CPU).network.modules() if hasattr(module, "fused_attn")
+    ]
+    assert len(fused) > recipe.decoder_depth
+    assert set(fused) == {precision == "fp32"}
+    network = create_team(tiny("ls_gan_p"), CPU).network
+    images = torch.rand(2, 3, *network.image_size)
+    expected = network.encoder(images)
+    avoid_slow_attention(network, precision, CPU)
+    torch.testing.assert_close(network.encoder(images), expected)
 
 
 # --- the same result however the batch is cut ------------------------------------------------------------------------

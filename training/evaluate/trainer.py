@@ -30,7 +30,7 @@ from training.run.record import Intervals, RunRecord
 from training.run.schedule import create_scheduler
 from training.run.seeding import derive_seed
 from training.run.signals import Interrupted, StopRequest, ignore_in_workers
-from training.team import NonFiniteGuard, Player
+from training.team import NonFiniteGuard, Player, avoid_slow_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,7 @@ def fit(
         create_run_folder(out, {**description, "total_steps": schedule.steps, "versions": versions()})
     accelerator.wait_for_everyone()
     network = task.network.to(accelerator.device)
+    avoid_slow_attention(network, schedule.precision, accelerator.device)
     ema = ModelEmaV3(network, decay=schedule.ema_decay) if schedule.ema_decay else None
     modules = {"network": network} | ({"ema": ema.module} if ema else {})
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from training.cost import count_gflop, processor_name
 from training.data.images import ImageSource
@@ -28,6 +29,7 @@ from training.miniature.study import (
     ON_TUNING_IMAGES,
     SHOTS,
     SUPERVISED_STAGES,
+    TABLES,
     TRANSFER_FLAGS,
     TUNING_SHARE,
     Cell,
@@ -40,6 +42,8 @@ TRAINING = Path(__file__).parents[1]
 
 LITE0, SUPERVISED = "lite0.safetensors", "supervised.safetensors"
 """In the working folder, in which commands run: the networks that judge reconstructions. The second is a floor too."""
+JUDGE = Path(__file__).with_name(SUPERVISED)
+"""The second as the committed results have it. Learned anew it has other bits, and its distances compare with none."""
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 """For glibc: keep what a step frees for the next one. Giving it back costs an eighth of an adversarial step on CPU."""
 
@@ -107,6 +111,7 @@ def pretraining(cell: Cell, place: Place) -> list[str]:
     data = split_train(place)[0] if cell.part in ON_TUNING_IMAGES else place.train
     command = [*learning("pretrain.py", place), cell.method, "--data", str(data), "--model", MODEL]
     command += ["--out", cell.name, "--epochs", f"{cell.epochs:g}", "--seed", str(cell.seed)]
+    command += ["--precision", TABLES[cell.part].precision]
     if cell.part not in ON_TUNING_IMAGES:
         command += ["--knn-data", str(place.test), "--knn-every", "5"]
     runtime = ["--workers", "0", "--cache-images", "--compile", "--grid-every", "0", "--resume", "auto"]
@@ -200,12 +205,19 @@ def prepare_networks(place: Place) -> None:
     if not (place.work / LITE0).exists():
         run([sys.executable, str(TRAINING / "evaluate" / "lite0.py"), LITE0], place.work)
     if not (place.work / SUPERVISED).exists():
-        start = "random"
-        for stage in range(len(SUPERVISED_STAGES)):
-            run(learning_labels(stage, start, place), place.work)
-            (encoder,) = (place.work / f"supervised-{stage}" / "runs").glob("finetune-*/encoder.safetensors")
-            start = str(encoder.relative_to(place.work))
-        shutil.copyfile(place.work / start, place.work / SUPERVISED)
+        shutil.copyfile(JUDGE if JUDGE.exists() else learn_supervised(place), place.work / SUPERVISED)
+
+
+def learn_supervised(place: Place) -> Path:
+    """Make the encoder that learns Imagenette's labels; returns its file, in float16."""
+    start = "random"
+    for stage in range(len(SUPERVISED_STAGES)):
+        run(learning_labels(stage, start, place), place.work)
+        (encoder,) = (place.work / f"supervised-{stage}" / "runs").glob("finetune-*/encoder.safetensors")
+        start = str(encoder.relative_to(place.work))
+    path = place.work / "learned.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(place.work / start).items()}, path)
+    return path
 
 
 def run_cell(cell: Cell, place: Place) -> dict[str, Any]:

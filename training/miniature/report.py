@@ -108,10 +108,15 @@ def check_alike(found: Results) -> None:
     """Refuse to put figures into one table that do not belong together.
 
     Raises:
-        ValueError: If two cells were judged on different images, by different settings or by different networks.
+        ValueError: If two cells were judged on different images, by different settings or by different networks, or
+            if two cells whose times are compared ran on different machines or in different precision.
     """
     known: dict[tuple[str, str], tuple[str, Any]] = {}
     for name, result in found.items():
+        part = result["cell"]["part"]
+        if part in ("epochs", "clock", "long"):
+            timed = result["machine"] | {"precision": result["recipe"].get("precision")}
+            judge_facts(known, "long" if part == "long" else "epochs", name, timed)
         for images, evaluation in result["evaluations"].items():
             facts = {f"{part} {key}": value for part in ("data", "settings") for key, value in evaluation[part].items()}
             facts |= {
@@ -119,12 +124,15 @@ def check_alike(found: Results) -> None:
                 for row in evaluation["results"]
                 if row["protocol"] == "reconstruction" and "weights" in row["detail"]
             }
-            for fact, value in facts.items():
-                first, expected = known.setdefault((images, fact), (name, value))
-                if value != expected:
-                    raise ValueError(
-                        f"{images}: {fact} of {name} is {value}, of {first} {expected}: run one of them again"
-                    )
+            judge_facts(known, images, name, facts)
+
+
+def judge_facts(known: dict[tuple[str, str], tuple[str, Any]], group: str, name: str, facts: dict[str, Any]) -> None:
+    """Note what a cell's figures rest on, or refuse it where another cell of the group differs."""
+    for fact, value in facts.items():
+        first, expected = known.setdefault((group, fact), (name, value))
+        if value != expected:
+            raise ValueError(f"{group}: {fact} of {name} is {value}, of {first} {expected}: run one of them again")
 
 
 def summarise(rows: list[dict[str, Any]]) -> Interval:
@@ -226,7 +234,7 @@ def describe_study(found: Results) -> str:
     planned = [name for name, _ in plan(found)]
     missing = [name.partition("-")[0] for name in planned if name not in found]
     parts: list[Part] = ["epochs", "clock", "long"]
-    machines = dict.fromkeys(result["machine"]["processor"] for result in found.values())
+    machines = dict.fromkeys(name_machine(result["machine"]) for result in found.values())
     lines = [
         "# The paper's table in miniature: results\n",
         "Made by `python training/miniature/run.py --report-only` of the files in `results/`; "
@@ -246,6 +254,11 @@ def describe_study(found: Results) -> str:
     if any(result.get("curve") for result in found.values()):
         lines.append(f"## While learning\n\n![k-NN against images seen and against time]({CURVES})\n")
     return "\n".join(lines)
+
+
+def name_machine(machine: dict[str, str]) -> str:
+    """A processor, and which instructions it has: those of one name have not."""
+    return f"{machine['processor']} ({machine['capability']})"
 
 
 def list_evaluations(found: Results) -> Iterator[tuple[Path, dict[str, Any]]]:

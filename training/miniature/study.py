@@ -105,11 +105,13 @@ class Table:
     """Cells of an arm: its seeds; while tuning, its trials."""
     controls: bool = True
     """Whether controls take part."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of pretraining."""
 
 
 TABLES: dict[Part, Table] = {
-    "tune": Table(title="Tuning", epochs=10, numbers=len(WEIGHTS), controls=False),
-    "remedy": Table(title="Remedies", epochs=10, numbers=1),
+    "tune": Table(title="Tuning", epochs=10, numbers=len(WEIGHTS), controls=False, precision="fp32"),
+    "remedy": Table(title="Remedies", epochs=10, numbers=1, precision="fp32"),
     "epochs": Table(title="Equal epochs", epochs=30, numbers=3),
     "clock": Table(title="Equal time", epochs=30, numbers=1, controls=False),
     "long": Table(title="Long runs", epochs=100, numbers=1, controls=False),
