@@ -15,7 +15,17 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+PICTURES = {"training/miniature/curves.png": "miniature-curves.png"}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """Take pictures that lie beside those files into the site."""
+    from mkdocs.structure.files import File
+
+    for place, name in PICTURES.items():
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / place)))
+    return files
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
@@ -35,8 +45,8 @@ def bend_links(text: str, source: str) -> str:
     def bend(link: re.Match[str]) -> str:
         image, label, target, anchor = link.groups()
         place = os.path.normpath(Path(source).parent / target)
-        if place in PAGES:
-            return f"{image}[{label}]({PAGES[place]}{anchor or ''})"
+        if name := PAGES.get(place) or PICTURES.get(place):
+            return f"{image}[{label}]({name}{anchor or ''})"
         if place.startswith("docs/") and (ROOT / place).is_file():
             return f"{image}[{label}]({place.removeprefix('docs/')}{anchor or ''})"
         if not (ROOT / place).exists():

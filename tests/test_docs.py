@@ -48,6 +48,7 @@ def test_links_are_bent_to_the_site() -> None:
         bend("[s](SCALE.md) [x](https://a.b/c) [y](#z)", "training/README.md")
         == "[s](scale.md) [x](https://a.b/c) [y](#z)"
     )
+    assert bend("![k](curves.png)", "training/miniature/RESULTS.md") == "![k](miniature-curves.png)"
     assert bend("[the step](step.py)", "training/README.md") == "the step (`training/step.py`)"
     with pytest.raises(FileNotFoundError, match=r"README\.md links to nowhere\.md"):
         bend("[a](nowhere.md)", "README.md")
@@ -67,6 +68,7 @@ def test_every_page_is_in_the_navigation_and_its_links_exist() -> None:
     for source, page in hooks.PAGES.items():
         assert f"source: {source}\n" in (DOCS / page).read_text()
         hooks.bend_links((ROOT / source).read_text(), source)
+    assert all((ROOT / picture).is_file() for picture in hooks.PICTURES)
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
@@ -81,3 +83,5 @@ def test_the_site_builds(tmp_path: Path) -> None:
     shown = (tmp_path / "site" / "examples" / "index.html").read_text()
     assert all("# %%" in example.read_text() for example in EXAMPLES)
     assert shown.count("# %%") >= len(EXAMPLES)
+    for name in hooks.PICTURES.values():
+        assert (tmp_path / "site" / name).stat().st_size > 0
