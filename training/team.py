@@ -45,6 +45,7 @@ def avoid_slow_attention(network: nn.Module, precision: str, device: torch.devic
         device: Where it learns.
     """
     if precision == "bf16" and device.type == "cpu":
+        module: Any
         for module in network.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
