@@ -37,7 +37,16 @@ from training.miniature.cells import (
 )
 from training.miniature.choice import choose, find_default, find_sixth, fit_epochs, plan
 from training.miniature.report import describe_study
-from training.miniature.run import list_cells, main, next_cell, read_cells, write_report
+from training.miniature.run import (
+    FRONT_PAGE,
+    FRONT_TABLE,
+    list_cells,
+    main,
+    next_cell,
+    read_cells,
+    write_front,
+    write_report,
+)
 from training.miniature.study import (
     ARMS,
     EVALUATIONS,
@@ -396,6 +405,26 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -
     study = Path(__file__).parents[1] / "training" / "miniature"
     write_report(read_cells(study / "results"), tmp_path)
     assert (study / "RESULTS.md").read_text() == (tmp_path / "RESULTS.md").read_text()
+    page = tmp_path / "README.md"
+    page.write_text(FRONT_TABLE.sub("", FRONT_PAGE.read_text()))
+    write_front(read_cells(study / "results"), page)
+    assert page.read_text() == FRONT_PAGE.read_text()
+
+
+def test_the_front_page_shows_equal_epochs_and_long_runs_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
+    found = {name: result for name, result in complete().items() if not name.startswith("long")}
+    write_front(found, page)
+    assert page.read_text().startswith("before\n<!-- study -->\n| learned for | model | k-NN k=20 accuracy, % | linear")
+    assert page.read_text().endswith("|\n<!-- /study -->\nafter\n")
+    assert page.read_text().count("`mae`") == 1
+    write_front(complete(), page)
+    rows = [line for line in page.read_text().splitlines() if "`mae`" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| 30 epochs", "| 100 epochs"]
+    assert "| 3 | 1.0 |" in rows[0]
+    write_front({}, page)
+    assert page.read_text() == "before\n<!-- study -->\n<!-- /study -->\nafter\n"
 
 
 # --- a cell ----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ TRAINING = Path(__file__).parents[1]
 
 LITE0, SUPERVISED = "lite0.safetensors", "supervised.safetensors"
 """In the working folder, in which commands run: the networks that judge reconstructions. The second is a floor too."""
+NETWORKS = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
+"""What evaluations call them."""
 JUDGE = Path(__file__).with_name(SUPERVISED)
 """The second as the committed results have it. Learned anew it has other bits, and its distances compare with none."""
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
@@ -156,8 +158,7 @@ def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
         return [*alone, "--train", str(train), "--test", str(test), *TRANSFER_FLAGS, *frozen]
     if not cell.method:
         return [*alone, *pair, *frozen]
-    networks = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
-    judged = ["--reconstruction.images", JUDGED_IMAGES, "--reconstruction.networks", *networks]
+    judged = ["--reconstruction.images", JUDGED_IMAGES, "--reconstruction.networks", *NETWORKS]
     return [*alone, *pair, *frozen, "reconstruction", *judged]
 
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 from training.evaluate.intervals import Interval, student_interval
+from training.miniature.cells import NETWORKS
 from training.miniature.choice import (
     ARM_NAMED,
     FEATURES,
@@ -28,6 +29,14 @@ from training.report.markdown import write_tables
 from training.report.tables import Column, Entry, Figure, Figures, Table, build_table
 
 CURVES = "curves.png"
+FRONT = (
+    Column("knn", "k=20", "accuracy"),
+    Column("linear", "", "accuracy"),
+    Column("few_shot", "10", "accuracy"),
+    Column("reconstruction", "image", "l1"),
+    Column("reconstruction", f"image, {NETWORKS[0]}", "fd"),
+)
+"""What the front page of the repository shows of the study."""
 
 
 def read_column(row: dict[str, Any]) -> Column:
@@ -173,6 +182,17 @@ def describe_part(found: Results, part: Part) -> Iterator[str]:
             figures = gather(found, part, images, shown)
             if any(column.protocol != "pretraining" for _, column in figures):
                 yield write_tables({images: tabulate(figures)}, "images")
+
+
+def describe_front(found: Results) -> str:
+    """The table of the repository's front page: of equal epochs, and of long runs where there are any."""
+    tables = {}
+    for part in ("epochs", "long"):
+        figures = gather(found, part, "imagenette", lambda column: column in FRONT)
+        wanted = {key: figure for key, figure in figures.items() if key[1].metric not in ("epochs", "GFLOP an image")}
+        if cells_of(found, part):
+            tables[f"{TABLES[part].epochs:g} epochs"] = tabulate(wanted)
+    return write_tables(tables, "learned for")
 
 
 def write_lines(lines: list[str], otherwise: str) -> str:

@@ -10,6 +10,7 @@
 
 import fnmatch
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,13 @@ from training.hub_configs import generate as generate_hub_configs
 from training.miniature.cards import fill_cards
 from training.miniature.cells import CellError, Place, run_cell
 from training.miniature.choice import Results, plan
-from training.miniature.report import CURVES, describe_study, draw_curves, list_evaluations
+from training.miniature.report import CURVES, describe_front, describe_study, draw_curves, list_evaluations
 from training.miniature.study import Cell
 from training.report.page import write_report as write_page
 
 HERE = Path(__file__).parent
+FRONT_PAGE = HERE.parents[1] / "README.md"
+FRONT_TABLE = re.compile(r"(?<=<!-- study -->\n).*?(?=<!-- /study -->)", re.DOTALL)
 
 
 def read_cells(folder: Path) -> Results:
@@ -61,6 +64,12 @@ def write_report(found: Results, folder: Path) -> Path:
     path = folder / "RESULTS.md"
     path.write_text(describe_study(found), encoding="utf-8")
     return path
+
+
+def write_front(found: Results, page: Path = FRONT_PAGE) -> None:
+    """Write the study's table into the front page, between its marks."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(FRONT_TABLE.sub(lambda _: describe_front(found), text), encoding="utf-8")
 
 
 def write_cards(found: Results) -> None:
@@ -130,6 +139,7 @@ def main(
                 write_report(found, out)
         print(write_report(found, out))
         if out == HERE:
+            write_front(found)
             write_cards(found)
         if html:
             write_page([*list_evaluations(found)], html)
