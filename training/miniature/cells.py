@@ -150,7 +150,8 @@ def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
         return [*alone, "--train", str(fit), "--test", str(held), "--protocols", "linear"]
     if images == "finetune":
         learner = learning("evaluate.py", place)
-        return [*learner, *own, *pair, "--protocols", "finetune", "--compile", "--finetune.epochs", "10"]
+        settings = ["--finetune.epochs", "10", "--finetune.precision", TABLES[cell.part].precision]
+        return [*learner, *own, *pair, "--protocols", "finetune", "--compile", *settings]
     if images == "dense":
         return [*alone, "--protocols", "segmentation", "detection", *dense_flags(place)]
     if images != "imagenette":

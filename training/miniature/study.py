@@ -106,7 +106,7 @@ class Table:
     controls: bool = True
     """Whether controls take part."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of pretraining."""
+    """Of pretraining and fine-tuning."""
 
 
 TABLES: dict[Part, Table] = {
