@@ -20,7 +20,7 @@ SUPERVISED_STAGES = (
         *("--finetune.augment", "", "--finetune.random-erase", "0"),
     ),
 )
-"""Of the floor that learns labels, the encoder of the front page: MAE's recipe, then plain crops and flips."""
+"""Of the floor that learns labels, the encoder of the front page: pico's own recipe, then plain crops and flips."""
 JUDGED_IMAGES = "2000"
 """Of val, that reconstructions are judged on: the networks that judge them cost more than all else together."""
 TRANSFER_FLAGS = ("--train-images", "10000", "--test-images", "5000")
