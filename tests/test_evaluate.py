@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from perceptual_mae_models.features import FeatureExtractor
@@ -279,6 +281,16 @@ def test_more_labels_are_worth_more_and_draws_differ() -> None:
     assert mean_interval(few).high < mean_interval(many).low
     assert few == few_shot(train, test, "1", draws=6)
     assert few != few_shot(train, test, "1", draws=6, seed=1)
+
+
+def test_few_shot_accuracy_is_scikit_learns_on_test_images_in_units_of_the_training_images() -> None:
+    train, near = clouds(60), clouds(500, seed=1)
+    test = Features(near.rows + 0.7 * near.rows.std(dim=0), near.labels, near.classes)
+    judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train.rows, train.labels)
+    expected = judge.score(test.rows, test.labels)
+    own = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(test.rows, test.labels)
+    assert min(judge.score(train.rows, train.labels), own.score(test.rows, test.labels)) > expected + 0.05
+    assert few_shot(train, test, "100%", draws=1) == pytest.approx([expected], abs=0.01)
 
 
 def test_few_shot_intervals_cover_the_mean_over_all_draws_in_simulation() -> None:

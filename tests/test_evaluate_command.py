@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from training.data.images import ImageSource, keep_some
 from training.evaluate.command import evaluate, main
 from training.evaluate.detection import DetectionSettings
+from training.evaluate.finetune_recipe import FineTuneSettings
+from training.evaluate.intervals import share_interval
 from training.evaluate.models import describe_model, open_model
 from training.evaluate.options import Options
 from training.evaluate.protocols import Settings
 from training.evaluate.segmentation import SegmentationSettings
+from training.evaluate.shift import ShiftSettings
 from training.report.results import read_results
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
 
@@ -35,6 +39,32 @@ def colours(root: Path, *names: str) -> str:
 def options(tmp_path: Path, **changes: Any) -> Options:
     chosen = {"models": ("pixels:4",), "out": tmp_path / "out", "settings": Settings(k=(1,), shots=("1",), draws=2)}
     return Options(**{**chosen, **changes})
+
+
+def test_what_was_learned_is_judged_on_the_test_images_and_under_shift(tmp_path: Path) -> None:
+    train, test = colours(tmp_path / "train", "a", "b"), colours(tmp_path / "test", "a", "b")
+    for number in range(3):  # in which b is mostly a: who learned well is mostly wrong
+        Image.new("RGB", (16, 16), (2 + number, 90, 94)).save(tmp_path / "test" / "b" / f"more{number}.png")
+    chosen = options(
+        tmp_path,
+        models=(PICO,),
+        train=train,
+        test=test,
+        protocols=("linear", "finetune", "shift"),
+        finetune=FineTuneSettings(epochs=12, batch_size=4, mixup=0, cutmix=0, augment="", random_erase=0, smoothing=0),
+        shift=ShiftSettings(corruptions=("brightness",), severities=(1,)),
+        settings=Settings(hold_back=0.5),
+    )
+    rows = evaluate(chosen)["results"]
+    linear = {row["features"]: row["value"] for row in rows if row["protocol"] == "linear"}
+    (tuned,) = (row["value"] for row in rows if row["protocol"] == "finetune")
+    clean = {row["features"]: row["value"] for row in rows if row["setting"] == "clean" and row["metric"] == "accuracy"}
+    assert linear | {"": tuned} == clean
+    four_of_seven = dataclasses.asdict(share_interval(torch.tensor([True] * 4 + [False] * 3)))
+    assert [*linear.values(), tuned] == [four_of_seven] * 4
+    damaged = [row["value"] for row in rows if row["setting"] == "brightness/1" and row["metric"] == "accuracy"]
+    assert len(damaged) == 4
+    assert all(value["mean"] * 7 == pytest.approx(round(value["mean"] * 7)) for value in damaged)
 
 
 @pytest.mark.parametrize("protocols", [("finetune",), ("finetune", "shift"), ("linear",)])

@@ -273,6 +273,16 @@ def test_no_card_says_what_is_not_true_of_the_run(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_on_images_that_nobody_counted_is_not_exported_under_a_registered_tag(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    description = json.loads((copy / "recipe.json").read_text())
+    description["data"]["images"] = None
+    (copy / "recipe.json").write_text(json.dumps(description))
+    facts = {**OWN_FACTS, "license": None, "data_title": None}
+    with pytest.raises(SystemExit, match=r"is mae on an unknown number of images of photos.*a tag of your own"):
+        export.main(str(copy), name=EMBEDDED, to=tmp_path / "to", **facts)
+
+
 def test_a_run_becomes_files_of_the_package(run: Path, tmp_path: Path) -> None:
     export.main(str(run), name=OWN, to=tmp_path, layout="package", dtype="float32", **OWN_FACTS)
     provenance = json.loads((tmp_path / f"{OWN}.json").read_text())

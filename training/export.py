@@ -142,9 +142,10 @@ def facts_of_run(
         raise ValueError(f"--license and --data-title are for tags of your own: {name} says its own")
     method, _, images = name.partition(".")[2].rpartition("_")
     title, _, count = DATASETS[images]
-    if recipe["method"] != method or data["images"] not in (None, count):
+    if recipe["method"] != method or data["images"] != count:
+        seen = f"{data['images']} of" if data["images"] else "an unknown number of images of"
         raise ValueError(
-            f"{name} says {method} on {title}'s {count} images, but {run} is {recipe['method']} on {data['images']} of "
+            f"{name} says {method} on {title}'s {count} images, but {run} is {recipe['method']} on {seen} "
             f"{data['name']}: choose a tag of your own, such as {built}.{recipe['method']}_mine"
         )
     return facts_of_tag(name, repo)
