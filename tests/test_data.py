@@ -3,12 +3,14 @@
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from perceptual_mae_models.images import ImageError
 from training.data import images
-from training.data.images import ImageSource, RandomViews, create_loader
+from training.data.images import ImageSource, RandomView, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 
 
@@ -47,6 +49,21 @@ def batches(root: Path, *, workers: int = 0, steps: range = range(4)) -> list[to
     views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
     loader = create_loader(views, DeterministicBatchSampler(len(source), 6, steps, 0), workers=workers)
     return [batch.images for batch in loader]
+
+
+def test_views_are_crops_of_the_asked_area_and_half_of_them_are_flipped() -> None:
+    x, y = np.meshgrid(np.arange(256), np.arange(256))
+    image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+    view = RandomView((64, 64), (0.3, 0.5))
+    shown = torch.stack([view(image, seed) for seed in range(300)]).float()
+    rising = shown[:, 0, 32, -1] - shown[:, 0, 32, 0]  # pixels between the first and last column
+    height = shown[:, 1, -1, 32] - shown[:, 1, 0, 32]
+    area = rising.abs() * height / 256**2 * (64 / 63) ** 2  # between pixels' middles
+    assert area.min() > 0.28
+    assert area.max() < 0.52
+    assert area.max() - area.min() > 0.15
+    assert (rising < 0).float().mean().item() == pytest.approx(0.5, abs=0.09)
+    assert (height > 0).all()
 
 
 def test_workers_change_nothing(photos: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -20,12 +21,16 @@ from safetensors.torch import load_file
 
 from perceptual_mae_models.features import FeatureExtractor
 from training import compare, pretrain
-from training.data.feed import Feed, describe_data
+from training.data.feed import Feed, batches, describe_data
 from training.data.images import ImageSource, spread
 from training.data.sampler import DeterministicBatchSampler
+from training.draws import draw
 from training.evaluate.features import extract
 from training.evaluate.knn import knn_predict
 from training.evaluate.monitor import KnnMonitor
+from training.recipes import recipe_from_json
+from training.step import reconstruction_loss
+from training.team import create_team
 from training.weights import load_autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -143,11 +148,11 @@ def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_folder_holds_what_it_should(straight: Path) -> None:
+def test_a_run_folder_holds_what_it_should(photos: Path, straight: Path) -> None:
     recipe = json.loads((straight / "recipe.json").read_text())
     assert recipe["recipe"]["model"] == "vit_pico_patch8_pmae"
     assert recipe["recipe"]["batch_size"] == 8
-    assert recipe["data"] == {"name": straight.parent.parent.name, "images": 24} or recipe["data"]["images"] == 24
+    assert (recipe["data"]["name"], recipe["data"]["images"]) == (photos.name, 24)
     assert [line["step"] for line in metrics(straight)] == list(range(1, 9))
     assert [path.name for path in sorted((straight / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
     assert [path.name for path in sorted((straight / "grids").iterdir())] == [
@@ -156,11 +161,36 @@ def test_a_run_folder_holds_what_it_should(straight: Path) -> None:
     assert not list(straight.rglob(".partial*"))
 
 
-def test_learning_rate_warms_up_and_falls_to_zero(photos: Path, straight: Path) -> None:
-    rates = [line["lr"] for line in metrics(straight)]
-    peak = 2e-3 * 8 / 256
-    assert max(rates) <= peak
-    assert rates[-1] < 0.1 * peak
+def test_learning_rate_follows_the_schedule(photos: Path, tmp_path: Path) -> None:
+    run_here("mae", "--data", photos, "--out", tmp_path / "run", *TINY, "--steps", 4, "--warmup", 0.5)
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert rates == pytest.approx([2e-3 * 8 / 256 * share for share in (0, 0.5, 1, 0.5)])
+
+
+def test_the_first_loss_is_that_of_the_loaded_images_in_their_range_under_the_drawn_masks(
+    photos: Path, straight: Path
+) -> None:
+    recipe = recipe_from_json(json.loads((straight / "recipe.json").read_text())["recipe"])
+    network = create_team(recipe, torch.device("cpu")).network
+    (batch,) = batches(ImageSource(photos), recipe, network.image_size, range(1), rank=0, world_size=1, workers=0)
+    assert batch.images.amax() > 200
+    images = batch.images / torch.tensor(255.0)
+    output = network(images, draw(recipe, 0, network, slice(0, 8)).mask)
+    loss = reconstruction_loss(output, images, network, recipe).item()
+    assert losses(straight)[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_average_is_that_of_the_weights_after_each_step(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = (*TINY, "--steps", 3, "--ema-decay", 0.9, "--checkpoint-every", 1, "--keep-checkpoints", 3)
+    run_here("mae", "--data", photos, "--out", out, *arguments)
+    recipe = recipe_from_json(json.loads((out / "recipe.json").read_text())["recipe"])
+    average = create_team(recipe, torch.device("cpu")).network.state_dict()
+    for step in (1, 2, 3):
+        raw, kept = (load_file(out / f"checkpoints/step_{step:08d}/{name}.safetensors") for name in ("network", "ema"))
+        for key, value in raw.items():
+            average[key] = 0.9 * average[key] + 0.1 * value
+            torch.testing.assert_close(kept[key], average[key], rtol=1e-5, atol=1e-7)
 
 
 def test_exported_encoder_loads_in_timm_and_decoder_behind_it(straight: Path) -> None:
@@ -377,6 +407,9 @@ def test_watching_a_run_changes_nothing_in_it(watched: Path, straight: Path) -> 
     assert_same_files(watched, straight)
     assert [line["step"] for line in metrics(watched)] == [3, 4, 6, 8], "measurements bring log lines"
     assert metrics(watched)[1]["loss"] == losses(straight)[3], "and windows end with them"
+    windows = [line["loss"] for line in metrics(watched)]
+    expected = [statistics.mean(losses(straight)[start:stop]) for start, stop in ((0, 3), (3, 4), (4, 6), (6, 8))]
+    assert windows == pytest.approx(expected, rel=1e-6)
 
 
 def test_held_out_images_are_measured_every_epoch_and_at_the_end(watched: Path, held_out: Path) -> None:

@@ -317,6 +317,15 @@ def test_path_mean_and_ada_move_and_are_in_the_checkpoint() -> None:
     assert state["ada.p"].item() == pytest.approx(0.1 if scalars["ada_sign"] > 0.6 else 0.0)
 
 
+def test_a_checkpoint_holds_all_that_learns_or_remembers() -> None:
+    assert create_team(tiny("mae", ema_decay=0.9), CPU).modules().keys() == {"network", "ema"}
+    own = {"network", "discriminator", "adversary"}
+    assert create_team(tiny("ls_gan_p"), CPU).modules().keys() == own
+    team = create_team(tiny("ls_gan_p", phi="snapshot"), CPU)
+    assert team.modules().keys() == {*own, "phi"}
+    assert team.optimizers().keys() == {"optimizer", "discriminator_optimizer"}
+
+
 # --- bad numbers -----------------------------------------------------------------------------------------------------
 
 
