@@ -337,6 +337,8 @@ def test_neutral_is_where_a_clueless_discriminator_rests(name: str) -> None:
     logit = torch.tensor([loss.neutral], requires_grad=True)
     (slope,) = torch.autograd.grad(loss.d_loss(logit, logit), logit)
     assert slope.item() == pytest.approx(0, abs=1e-7)
+    above, below = (torch.tensor([loss.neutral + by]) for by in (1.5, -1.5))  # beyond the flat part of the hinge
+    assert loss.d_loss(above, above).item() == pytest.approx(loss.d_loss(below, below).item())
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)

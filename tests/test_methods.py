@@ -1,6 +1,7 @@
 """Whole runs of the adversarial methods: killed, interrupted, resumed, on two processes, with other runtime options."""
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -55,6 +56,13 @@ def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in FIVE:
         run_here(*arguments(method, photos, folder / method))
     return folder
+
+
+def test_both_players_rates_follow_the_schedule(straight: Path) -> None:
+    checkpoint = straight / "stylegan2_ada_p" / "checkpoints" / "step_00000005"
+    for name in ("optimizer", "discriminator_optimizer"):
+        for group in torch.load(checkpoint / f"{name}.pt", weights_only=True)["param_groups"]:
+            assert group["lr"] / group["initial_lr"] == pytest.approx((1 + math.cos(0.8 * math.pi)) / 2)  # 4 of 5 steps
 
 
 @pytest.mark.parametrize("method", FIVE)
