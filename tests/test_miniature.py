@@ -24,7 +24,6 @@ from training.hub.card import write_card
 from training.hub.repository import EMBEDDED, build_config, facts_of
 from training.miniature.cards import fill_cards
 from training.miniature.cells import (
-    SUPERVISED,
     CellError,
     Place,
     describe_machine,
@@ -54,6 +53,7 @@ from training.miniature.study import (
     MODEL,
     ON_TUNING_IMAGES,
     REMEDIES,
+    SUPERVISED,
     TABLES,
     WEIGHTS,
     Cell,

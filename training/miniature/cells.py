@@ -25,9 +25,12 @@ from training.evaluate.features import Features
 from training.evaluate.split import hold_back
 from training.miniature.study import (
     JUDGED_IMAGES,
+    LITE0,
     MODEL,
+    NETWORKS,
     ON_TUNING_IMAGES,
     SHOTS,
+    SUPERVISED,
     SUPERVISED_STAGES,
     TABLES,
     TRANSFER_FLAGS,
@@ -38,14 +41,8 @@ from training.miniature.study import (
 from training.weights import read_recipe
 
 TRAINING = Path(__file__).parents[1]
-
-
-LITE0, SUPERVISED = "lite0.safetensors", "supervised.safetensors"
-"""In the working folder, in which commands run: the networks that judge reconstructions. The second is a floor too."""
-NETWORKS = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
-"""What evaluations call them."""
 JUDGE = Path(__file__).with_name(SUPERVISED)
-"""The second as the committed results have it. Learned anew it has other bits, and its distances compare with none."""
+"""The supervised encoder of the committed results: learned anew, it is another judge."""
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 """For glibc: keep what a step frees for the next one. Giving it back costs an eighth of an adversarial step on CPU."""
 

@@ -11,7 +11,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
 
 from training.evaluate.intervals import Interval, student_interval
-from training.miniature.cells import NETWORKS
 from training.miniature.choice import (
     ARM_NAMED,
     FEATURES,
@@ -24,7 +23,7 @@ from training.miniature.choice import (
     tried,
     tuning_figure,
 )
-from training.miniature.study import ARMS, CLOCK, EVALUATIONS, FLOORS, MODEL, REMEDIES, TABLES, Part
+from training.miniature.study import ARMS, CLOCK, EVALUATIONS, FLOORS, MODEL, NETWORKS, REMEDIES, TABLES, Part
 from training.report.markdown import write_tables
 from training.report.tables import Column, Entry, Figure, Figures, Table, build_table
 

@@ -21,6 +21,10 @@ SUPERVISED_STAGES = (
     ),
 )
 """Of the floor that learns labels, the encoder of the front page: pico's own recipe, then plain crops and flips."""
+LITE0, SUPERVISED = "lite0.safetensors", "supervised.safetensors"
+"""In the working folder, in which commands run: the networks that judge reconstructions. The second is a floor too."""
+NETWORKS = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
+"""What evaluations call them."""
 JUDGED_IMAGES = "2000"
 """Of val, that reconstructions are judged on: the networks that judge them cost more than all else together."""
 TRANSFER_FLAGS = ("--train-images", "10000", "--test-images", "5000")
