@@ -276,7 +276,7 @@ def describe_study(found: Results) -> str:
 
 
 def name_machine(machine: dict[str, str]) -> str:
-    """A processor, and which instructions it has: those of one name have not."""
+    """A processor, and which instructions it has: there are several of one name."""
     return f"{machine['processor']} ({machine['capability']})"
 
 
