@@ -48,8 +48,10 @@ from training.miniature.run import (
 )
 from training.miniature.study import (
     ARMS,
+    CAUSES,
     EVALUATIONS,
     FLOORS,
+    LITE0,
     MODEL,
     ON_TUNING_IMAGES,
     REMEDIES,
@@ -122,7 +124,7 @@ def test_a_study_ends_and_holds_what_the_protocol_says() -> None:
         ("stylegan2_ada_p", "ls_gan_p"),
     ]
     counts = {part: parts.count(part) for part in dict.fromkeys(parts)}
-    assert counts == {"floor": 3, "tune": len(WEIGHTS), "remedy": 5, "epochs": 3 * 7, "clock": 4, "long": 5}
+    assert counts == {"floor": 3, "tune": 4, "remedy": 5, "epochs": 3 * 7, "cause": 3, "clock": 4, "long": 5}
     assert len({arm.trials for arm in adversarial}) == 1
 
 
@@ -173,7 +175,8 @@ def test_only_some_cells_are_run_on_request() -> None:
 
 
 def test_times_of_another_machine_or_precision_do_not_share_a_table() -> None:
-    for name, other in (("clock-ms_ssim-0", "epochs"), ("epochs-mae-1", "epochs"), ("long-ls_gan_p-0", "long")):
+    names = dict.fromkeys(("clock-ms_ssim-0", "cause-no_features-0", "epochs-mae-1"), "epochs")
+    for name, other in (names | {"long-ls_gan_p-0": "long"}).items():
         for place, change in (("machine", {"capability": "others"}), ("recipe", {"precision": "others"})):
             found = complete()
             found[name] = {**found[name], place: found[name][place] | change}
@@ -220,7 +223,7 @@ def test_intervals_over_seeds_are_students() -> None:
 
 def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     text = describe_study(complete())
-    assert "42 of 42 cells" in text
+    assert "45 of 45 cells" in text
     chapter = text[text.index("## Equal epochs") : text.index("## Equal time")]
     head = next(line for line in chapter.splitlines() if "k-NN" in line)
     assert [part.strip() for part in head.split("|")[1:-1]] == [
@@ -357,7 +360,7 @@ def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None
     found = complete()
     cells = {cell.arm: cell for _, cell in plan(found) if cell and cell.part == "remedy"}
     for arm in REMEDIES:
-        assert cells[arm.name].flags == (*arm.flags, *(WEIGHTS[2] if arm.tried_with else ()))
+        assert cells[arm.name].flags == (*(WEIGHTS[2] if arm.tried_with else ()), *arm.flags)
         assert (cells[arm.name].seed, cells[arm.name].epochs) == (0, TABLES["tune"].epochs)
     text = describe_study(found)
     rows = [line for line in text[text.index("## Remedies") :].splitlines() if line.startswith("| ")][2:]
@@ -375,10 +378,31 @@ def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None
     assert dict(plan(found))["remedy-snapshot-0"] is None
 
 
+def test_terms_are_taken_from_ls_gan_p_one_at_a_time_and_stand_beside_both_and_neither() -> None:
+    found = complete()
+    recipes = {}
+    for name in ("epochs-ls_gan_p-0", *(f"cause-{arm.name}-0" for arm in CAUSES)):
+        cell = dict(plan(found))[name]
+        assert cell is not None
+        recipes[cell.arm] = dataclasses.asdict(pretrain.parse([cell.method, "--data", "x", *cell.flags]).recipe)
+    both = recipes.pop("ls_gan_p")
+    changed = {
+        arm: {field: value for field, value in recipe.items() if value != both[field]}
+        for arm, recipe in recipes.items()
+    }
+    assert changed["no_features"] == {"feature_weight": 0, "style_weight": 0}
+    assert changed["no_adversary"] == {"adversarial_weight": 0}
+    assert changed["labelled_phi"] == {"phi": "timm:tf_efficientnet_lite0", "phi_file": LITE0}
+    text = describe_study(found)
+    lines = text[text.index(f"## {TABLES['cause'].title}") : text.index(f"## {TABLES['clock'].title}")].splitlines()
+    rows = [line.split(" | ")[1] for line in lines if "`" in line and line.startswith("|")]
+    assert rows[:5] == ["`ls_gan_p`", "`l1_image`", "`no_features`", "`no_adversary`", "`labelled_phi`"]
+
+
 def test_a_study_that_has_just_begun_says_so() -> None:
     text = describe_study({})
-    assert "0 of 42 cells" in text
-    assert text.count("No cell of it has run yet.") == 4
+    assert "0 of 45 cells" in text
+    assert text.count("No cell of it has run yet.") == 5
     assert "No method's trials are complete yet." in text
     assert "![" not in text
 
@@ -476,8 +500,8 @@ def test_every_command_is_one_that_the_programs_understand(images: Path, tmp_pat
     for command in commands:
         script = next(index for index, part in enumerate(command) if part.endswith("evaluate.py"))
         tyro.cli(Options, args=command[script + 1 :])  # exits at a flag that does not exist
-    flags = {frozenset(flag for flag in cell.flags if flag.startswith("--")): cell for cell in cells if cell.flags}
-    assert len(flags) == 7
+    flags = {cell.flags: cell for cell in cells if cell.flags}
+    assert len(flags) == 11
     for cell in flags.values():
         command = pretraining(cell, place)
         script = next(index for index, part in enumerate(command) if part.endswith("pretrain.py"))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from training.miniature.study import ARMS, CLOCK, FLOORS, REMEDIES, TABLES, Arm, Cell, Part
+from training.miniature.study import ARMS, CAUSES, CLOCK, FLOORS, REMEDIES, TABLES, Arm, Cell, Part
 
 Results = dict[str, dict[str, Any]]
 """Results by their cells' names."""
@@ -85,10 +85,11 @@ def plan(found: Results) -> Iterator[tuple[str, Cell | None]]:
     for floor in FLOORS:
         yield f"floor-{floor}-0", Cell(part="floor", arm=floor, number=0)
     rounds: list[tuple[Part, int]] = [("tune", number) for number in range(TABLES["tune"].numbers)]
-    rounds += [("remedy", 0), ("epochs", 0), ("clock", 0), ("long", 0)]
+    rounds += [("remedy", 0), ("epochs", 0), ("cause", 0), ("clock", 0), ("long", 0)]
     rounds += [("epochs", number) for number in range(1, TABLES["epochs"].numbers)]
+    rows: dict[Part, tuple[Arm, ...]] = {"remedy": REMEDIES, "cause": CAUSES}
     for part, number in rounds:
-        for arm in REMEDIES if part == "remedy" else ARMS:
+        for arm in rows.get(part, ARMS):
             if takes_part(arm, part, number):
                 yield f"{part}-{arm.name}-{number}", _cell(part, arm, number, found)
 
@@ -107,5 +108,5 @@ def _cell(part: Part, arm: Arm, number: int, found: Results) -> Cell | None:
     epochs = fit_epochs(arm, found) if part == "clock" else TABLES[part].epochs
     if trial is None or epochs is None:
         return None
-    flags = (*arm.flags, *arm.trials[trial])
+    flags = (*arm.trials[trial], *arm.flags)
     return Cell(part=part, arm=arm.name, number=number, method=arm.method, flags=flags, epochs=epochs)

@@ -23,7 +23,19 @@ from training.miniature.choice import (
     tried,
     tuning_figure,
 )
-from training.miniature.study import ARMS, CLOCK, EVALUATIONS, FLOORS, MODEL, NETWORKS, REMEDIES, TABLES, Part
+from training.miniature.study import (
+    ARMS,
+    BETWEEN,
+    CAUSES,
+    CLOCK,
+    EVALUATIONS,
+    FLOORS,
+    MODEL,
+    NETWORKS,
+    REMEDIES,
+    TABLES,
+    Part,
+)
 from training.report.markdown import write_tables
 from training.report.tables import Column, Entry, Figure, Figures, Table, build_table
 
@@ -59,9 +71,10 @@ def judges_dense(column: Column) -> bool:
 
 
 def cells_of(found: Results, part: Part) -> list[dict[str, Any]]:
-    """The results of a table's cells; at equal time, what sets the time takes part too."""
-    also = f"epochs-{CLOCK}-0" if part == "clock" else ""
-    return [result for name, result in found.items() if result["cell"]["part"] == part or name == also]
+    """The results of a table's cells, with those of equal epochs that they are to be held against."""
+    beside: dict[Part, tuple[str, ...]] = {"clock": (CLOCK,), "cause": BETWEEN}
+    also = [f"epochs-{arm}-0" for arm in beside.get(part, ())]
+    return [result for name, result in found.items() if result["cell"]["part"] == part or name in also]
 
 
 def gather(found: Results, part: Part, images: str, shown: Callable[[Column], bool]) -> Figures:
@@ -73,7 +86,7 @@ def gather(found: Results, part: Part, images: str, shown: Callable[[Column], bo
         images: Name of the evaluation.
         shown: Tells columns that are wanted.
     """
-    names = [arm.name for arm in ARMS] + list(FLOORS)
+    names = [arm.name for arm in (*ARMS, *CAUSES)] + list(FLOORS)
     cells = cells_of(found, part)
     values: dict[tuple[str, Column], list[dict[str, Any]]] = {}
     for result in (*cells, *(result for result in found.values() if result["cell"]["part"] == "floor")):
@@ -122,7 +135,7 @@ def check_alike(found: Results) -> None:
     known: dict[tuple[str, str], tuple[str, Any]] = {}
     for name, result in found.items():
         part = result["cell"]["part"]
-        if part in ("epochs", "clock", "long"):
+        if part in ("epochs", "cause", "clock", "long"):
             timed = result["machine"] | {"precision": result["recipe"].get("precision")}
             judge_facts(known, "long" if part == "long" else "epochs", name, timed)
         for images, evaluation in result["evaluations"].items():
@@ -173,6 +186,13 @@ def describe_part(found: Results, part: Part) -> Iterator[str]:
         yield (
             f"Reconstructions of {', '.join(f'`{arm}`' for arm in helped)} take each patch's mean and contrast from "
             "the original, because its prediction has none: they are not to be compared with those of the others.\n"
+        )
+    if part == "cause":
+        yield (
+            "`l1_image` has neither of the perceptual terms, `ls_gan_p` both, `no_features` the adversary alone, "
+            "`no_adversary` the features alone, of a discriminator that learns to judge but teaches nothing else. "
+            "`labelled_phi` takes features of EfficientNet-Lite0, which has learned ImageNet's labels, and is no "
+            "method: it shows what better features would give. Distances by that network say nothing of it.\n"
         )
     if part == "long" and (default := find_default(found)):
         yield f"The package's default is `{default}_imagenette`, the best by linear probe on the tuning images.\n"
@@ -252,7 +272,7 @@ def describe_study(found: Results) -> str:
     check_alike(found)
     planned = [name for name, _ in plan(found)]
     missing = [name.partition("-")[0] for name in planned if name not in found]
-    parts: list[Part] = ["epochs", "clock", "long"]
+    parts: list[Part] = ["epochs", "cause", "clock", "long"]
     machines = dict.fromkeys(name_machine(result["machine"]) for result in found.values())
     lines = [
         "# The paper's table in miniature: results\n",

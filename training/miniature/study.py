@@ -38,7 +38,7 @@ FLOORS = ("pixels", "random", "supervised")
 ON_TUNING_IMAGES = ("tune", "remedy")
 """Parts whose cells learn from nine tenths of the training images and are judged on the last tenth."""
 
-Part = Literal["floor", "tune", "remedy", "epochs", "clock", "long"]
+Part = Literal["floor", "tune", "remedy", "epochs", "cause", "clock", "long"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Arm:
     method: str
     """Of `training/pretrain.py`; its values for the model, where nothing else is said."""
     flags: tuple[str, ...] = ()
-    """What makes a control differ from the method."""
+    """What makes it differ from the method; said after the weights taken, so that they win."""
     trials: tuple[tuple[str, ...], ...] = ((),)
     """Sets of flags, of which the best on the tuning images is taken; a single one is not tried."""
     tried_with: str = ""
@@ -98,6 +98,33 @@ REMEDIES = (
 )
 """What may help `ls_gan_p`, with the weights taken for it, and the controls it is to be held against."""
 
+CAUSES = (
+    Arm(
+        name="no_features",
+        method="ls_gan_p",
+        flags=("--feature-weight", "0", "--style-weight", "0"),
+        trials=WEIGHTS,
+        tried_with="ls_gan_p",
+    ),
+    Arm(
+        name="no_adversary",
+        method="ls_gan_p",
+        flags=("--adversarial-weight", "0"),
+        trials=WEIGHTS,
+        tried_with="ls_gan_p",
+    ),
+    Arm(
+        name="labelled_phi",
+        method="ls_gan_p",
+        flags=("--phi", "timm:tf_efficientnet_lite0", "--phi-file", LITE0),
+        trials=WEIGHTS,
+        tried_with="ls_gan_p",
+    ),
+)
+"""`ls_gan_p` without one of its terms, and with features of a network that has learned labels: which part does what."""
+BETWEEN = ("l1_image", "ls_gan_p")
+"""The arms of equal epochs that have neither and both of the terms."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -117,6 +144,7 @@ TABLES: dict[Part, Table] = {
     "tune": Table(title="Tuning", epochs=10, numbers=len(WEIGHTS), controls=False, precision="fp32"),
     "remedy": Table(title="Remedies", epochs=10, numbers=1, precision="fp32"),
     "epochs": Table(title="Equal epochs", epochs=30, numbers=3),
+    "cause": Table(title="What each term does", epochs=30, numbers=1),
     "clock": Table(title="Equal time", epochs=30, numbers=1, controls=False),
     "long": Table(title="Long runs", epochs=100, numbers=1, controls=False),
 }
@@ -152,6 +180,7 @@ EVALUATIONS: dict[Part, tuple[str, ...]] = {
     "tune": ("tuning",),
     "remedy": ("tuning",),
     "epochs": ("imagenette",),
+    "cause": ("imagenette",),
     "clock": ("imagenette",),
     "long": ("tuning", "imagenette", "finetune", "cifar10", "fashion-mnist", "dense"),
 }
