@@ -3,8 +3,11 @@
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from perceptual_mae_models.commands.serve import serve
 from perceptual_mae_models.commands.weights import download, verify
 from perceptual_mae_models.version import __version__
 
-EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130  # argparse exits with 2 on wrong usage
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 130, 141, 143  # argparse exits with 2 on wrong usage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,12 +28,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0, or 1 after an error, which stands on stderr in a line or a few.
+        The exit status: 0, or 1 after an error, which stands on stderr in a line or a few; after Ctrl-C, SIGTERM, or
+        where the reader of a pipe has left, 128 and the signal's number.
 
     Raises:
         SystemExit: With status 2, the arguments are wrong; with 0, help was asked for.
     """
     arguments = _parser().parse_args(argv)
+    with _ending_in_order():
+        return _run(arguments)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that what is written beside an output is removed; in threads it stays as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name of a file may have what a console or pipe has not
@@ -39,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of `pmae list | head` has left; without this the interpreter complains when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        return EXIT_PIPE
     except KeyboardInterrupt:
         print("\npmae: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

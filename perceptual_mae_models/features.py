@@ -10,7 +10,7 @@ for batch in extractor.stream(find_images(["photos"])):      # any number of ima
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
 from perceptual_mae_models.images import ImageError, ImageInput
-from perceptual_mae_models.loading import Batches, Loaded, Transform, load_here
+from perceptual_mae_models.loading import Batches, Loaded, Transform, load_here, read_opened
 from perceptual_mae_models.version import __version__
 
 Pool = Literal["avg", "cls", "cls+avg", "tokens", "map"]
@@ -82,7 +82,8 @@ class FeatureExtractor:
         transform: From an RGB `PIL.Image` to a normalised (3, H, W) float tensor.
         input_size: (H, W) in pixels.
         metadata: What produced the features, as strings: model, tag (empty unless these are its published weights),
-            weights, pool, image size, dtype and the version of this package.
+            weights ("pretrained", "random", "module", a checkpoint's name, or the id they came from), pool, image
+            size, dtype and the version of this package.
     """
 
     def __init__(
@@ -98,7 +99,8 @@ class FeatureExtractor:
 
         Args:
             model: A timm name (`arch` or `arch.tag`), an `hf-hub:` or `local-dir:` id, or a timm module that is built
-                already; the module itself is moved to `device` and put in evaluation mode.
+                already; the module itself is moved to `device` and put in evaluation mode. Of a compiled module the
+                original computes, since compiling covers its `forward` alone.
             pool: See the class.
             device: By default a module's own device, and for a name "cuda" where there is one, else "cpu".
             dtype: "float32", "bfloat16" or "float16" arithmetic. Features are float32 whichever it is.
@@ -109,8 +111,8 @@ class FeatureExtractor:
             UnknownModelError: timm has no model or tag of this name.
             FileNotFoundError: There is no such checkpoint.
             ValueError: An argument is not one of its choices, the model has no class token to pool or does not say
-                which tokens are patches, or a given module says nothing about its transform, or comes with a
-                checkpoint.
+                which tokens are patches, or a given module says nothing about its transform, has no
+                `forward_features`, takes no RGB images, or comes with a checkpoint.
         """
         if pool not in POOLS:
             raise ValueError(f"pool is one of {', '.join(POOLS)}, not {pool!r}")
@@ -141,7 +143,7 @@ class FeatureExtractor:
             "weights": weights,
             "pool": pool,
             "image_size": "x".join(map(str, self.input_size)),
-            "dtype": dtype,
+            "dtype": dtype if self._weights_dtype == torch.float32 else str(self._weights_dtype).removeprefix("torch."),
             "perceptual_mae_models": __version__,
         }
 
@@ -156,7 +158,8 @@ class FeatureExtractor:
         Args:
             images: One image or several: paths, Pillow images, arrays; see `images.open_image`.
             batch_size: Images a forward pass; it decides memory and speed, not the result.
-            workers: Processes that decode, 0 for none; with workers `images` must have a length.
+            workers: Processes that decode, 0 for none; with workers `images` must have a length, and those that
+                Pillow has opened are decoded here, because processes would share their files.
 
         Returns:
             Float32 on the CPU, a row an image in the given order: (N, D), (N, L, D) or (N, D, H, W).
@@ -194,13 +197,17 @@ class FeatureExtractor:
         """
         if batch_size < 1 or workers < 0:
             raise ValueError(f"batch_size is at least 1 and workers at least 0, not {batch_size} and {workers}")
+        if isinstance(images, np.ndarray) and images.dtype.kind in "OU":  # of names, as our own files hold them
+            images = images.ravel().tolist()
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
         if workers == 0:
             return self._encode_all(load_here(images, batch_size, self.transform), skip_broken)
-        if not isinstance(images, Sequence | np.ndarray):
+        if not isinstance(images, Sized):
             raise ValueError("workers need a list of images: a generator can only be read here, with workers=0")
-        batches = Batches(images, batch_size, self.transform)
+        listed = images if isinstance(images, Sequence | np.ndarray) else list(images)
+        read_opened(listed)
+        batches = Batches(listed, batch_size, self.transform)
         return self._encode_all(DataLoader(batches, batch_size=None, num_workers=workers), skip_broken)
 
     def _encode_all(self, batches: Iterable[Loaded], skip_broken: bool) -> Iterator[FeatureBatch]:
@@ -222,8 +229,13 @@ class FeatureExtractor:
         """
         precision = getattr(torch, self.dtype)
         with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
-            encoded = self.model.forward_features(pixels.to(self.device)).float()
+            encoded = self.model.forward_features(pixels.to(self.device, self._weights_dtype)).float()
             return self._pool(encoded, pixels).float().cpu()
+
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        parameter = next(self.model.parameters(), None)
+        return torch.float32 if parameter is None else parameter.dtype
 
     def _grid(self, encoded: Tensor, prefix: int, pixels: Tensor) -> tuple[int, int]:
         if encoded.ndim == 4:
@@ -280,8 +292,16 @@ def _build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bo
     if isinstance(model, nn.Module):
         if checkpoint is not None:
             raise ValueError("a checkpoint goes with a model's name; load it into the module that you pass")
+        model = getattr(model, "_orig_mod", model)  # torch.compile's
+        name = type(model).__name__
         if not getattr(model, "pretrained_cfg", None):
-            raise ValueError(f"{type(model).__name__} has no pretrained_cfg to take a transform from; build it by timm")
+            raise ValueError(f"{name} has no pretrained_cfg to take a transform from; build it by timm")
+        if not hasattr(model, "forward_features"):
+            raise ValueError(f"{name} has no forward_features; build it without features_only")
+        if (channels := _input_channels(model)) != 3:
+            raise ValueError(
+                f"{name} takes images of {channels} channels; images are RGB here, build it with in_chans=3"
+            )
         return model
     check_model_name(model)
     overlay = None
@@ -293,6 +313,13 @@ def _build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bo
     # keys would leave random weights without a word. The classifier, if there is one, is loaded and not used.
     built = timm.create_model(model, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
     return _arrange(built)
+
+
+def _input_channels(model: Any) -> int:
+    """Channels of a module's images; those of RGB where it does not say."""
+    first = model.pretrained_cfg.get("first_conv")
+    layer = dict(model.named_modules()).get(first) if isinstance(first, str) else None
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else 3
 
 
 def _arrange(model: nn.Module) -> nn.Module:
@@ -320,4 +347,8 @@ def _origin(model: str | nn.Module, checkpoint: str | Path | None, pretrained: b
         return "module"
     if checkpoint is not None:
         return Path(checkpoint).name
-    return "pretrained" if pretrained else "random"
+    if not pretrained:
+        return "random"
+    if model.startswith("local-dir:"):
+        return f"local-dir:{Path(model).name}"
+    return model if ":" in model else "pretrained"

@@ -101,24 +101,27 @@ def neighbour_gallery(rows: Sequence[GalleryRow], title: str = "Nearest neighbou
     """
     if not rows:
         raise ValueError("a gallery needs a row")
-    columns = max(len(row.neighbours) for row in rows)
+    width, height = gallery_size(len(rows), max(len(row.neighbours) for row in rows))
     neighbours_left = MARGIN + TILE + QUERY_GAP
-    width = neighbours_left + max(columns, 2) * (TILE + GAP) - GAP + MARGIN
-    row_height = TILE + CAPTION
-    height = HEADER + len(rows) * (row_height + ROW_GAP) - ROW_GAP + MARGIN
 
     canvas = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, 26), title, INK, _font(24))
     draw.text((MARGIN, 58), _elide(draw, subtitle, width - 2 * MARGIN, _font(14)), MUTED, _font(14))
     for index, row in enumerate(rows):
-        top = HEADER + index * (row_height + ROW_GAP)
+        top = HEADER + index * (TILE + CAPTION + ROW_GAP)
         _draw_tile(canvas, draw, row.query, MARGIN, top)
         separator = MARGIN + TILE + QUERY_GAP // 2
         draw.line((separator, top, separator, top + TILE), LINE, 2)
         for column, tile in enumerate(row.neighbours):
             _draw_tile(canvas, draw, tile, neighbours_left + column * (TILE + GAP), top)
     return canvas
+
+
+def gallery_size(rows: int, columns: int) -> tuple[int, int]:
+    """Width and height in pixels of a gallery of so many queries and neighbours of each."""
+    width = MARGIN + TILE + QUERY_GAP + max(columns, 2) * (TILE + GAP) - GAP + MARGIN
+    return width, HEADER + rows * (TILE + CAPTION + ROW_GAP) - ROW_GAP + MARGIN
 
 
 def _draw_tile(canvas: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:

@@ -7,7 +7,7 @@ Pillow or from an array, so that the three give the same features.
 import glob
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -94,7 +94,7 @@ def open_image(image: ImageInput) -> Image.Image:
     except IsADirectoryError:
         raise ImageError(name, "is a folder") from None
     except UnidentifiedImageError:
-        raise ImageError(name, "empty file" if Path(image).stat().st_size == 0 else "not an image file") from None
+        raise ImageError(name, _unidentified(image)) from None
     # Decoders fail on hostile bytes with whatever their parsers stumble over: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise ImageError(name, _reason(error)) from error
@@ -147,7 +147,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
     Args:
         paths: Files (taken whatever their suffix), folders (searched recursively for `IMAGE_SUFFIXES`; hidden entries
-            are left out and links to folders are not followed) and glob patterns, `**` included.
+            are left out and links to folders are not followed) and glob patterns; `**` is as a folder is.
 
     Returns:
         The files in the order of `paths`, sorted within each; a file reached twice is kept where it came first.
@@ -160,8 +160,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         if os.path.lexists(entry):
             matches = _expand(Path(entry), named=True)
         else:
-            # Path.glob takes no absolute patterns.
-            matched = sorted(map(Path, glob.glob(entry, recursive=True)))  # noqa: PTH207
+            matched = sorted(_match(entry))
             if not matched:
                 raise ImageError(entry, "no such file or folder, and no file matches it as a pattern")
             matches = [file for match in matched for file in _expand(match, named=False)]
@@ -171,6 +170,21 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             # Not Path.resolve: links to one file under several names are several images.
             found.setdefault(os.path.abspath(file), file)  # noqa: PTH100
     return list(found.values())
+
+
+def _match(pattern: str) -> Iterator[Path]:
+    """Files and folders of a pattern; `**` stands for what a folder does: nothing hidden, and no link to a folder."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))  # noqa: PTH207  Path.glob takes no absolute patterns
+        return
+    first = parts.index("**")
+    rest = Path(*parts[first:])
+    hidden = any(part.startswith(".") for part in rest.parts)
+    for root in glob.glob(str(Path(*parts[:first]))) if first else ["."]:  # noqa: PTH207
+        for match in Path(root).glob(str(rest)):  # glob.glob follows links, without end where one leads upwards
+            if hidden or not any(part.startswith(".") for part in match.relative_to(root).parts):
+                yield match
 
 
 def _expand(path: Path, named: bool) -> list[Path]:
@@ -209,8 +223,11 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         # Older Pillow reads 16-bit PNGs as mode I.
-        sixteen_bit = image.mode.startswith("I;16") or image.format == "PNG"
-        image = Image.fromarray(grey_to_8_bit(np.asarray(image), sixteen_bit))
+        sixteen_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+        values = grey_to_8_bit(np.asarray(image), sixteen_bit)
+        # Of a TIFF, 0 says that white is zero; Pillow heeds it in 8 bits only.
+        interpretation = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation)
+        image = Image.fromarray(255 - values if interpretation == 0 else values)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")
@@ -243,6 +260,11 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     else:
         raise ImageError(name, "pixels are uint8, uint16, bool, or floats in [0, 1]")
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if array.ndim == 3 and channels == 1 else pixels))
+
+
+def _unidentified(file: str | Path) -> str:
+    empty = Path(file).stat().st_size == 0
+    return "empty file" if empty else "not an image file, or of a kind that Pillow cannot read"
 
 
 def _reason(error: Exception) -> str:

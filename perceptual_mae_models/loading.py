@@ -1,6 +1,7 @@
 """Images into batches of transformed pixels, here or in worker processes; what cannot be read travels as data."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,6 +15,10 @@ from torch.utils.data import Dataset
 from perceptual_mae_models.images import ImageError, ImageInput, image_name, open_image
 
 Transform = Callable[[Image.Image], Tensor]
+
+MAX_ASPECT = 200
+"""Longer to shorter side of an image. Fitting the short side of a strip to a network would enlarge the other without
+limit: of a file of 6 kB to gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ def _load(numbered: Iterable[tuple[int, ImageInput]], transform: Transform) -> L
         name = image_name(image, index)
         try:
             rgb = open_image(image)
+            if max(rgb.size) > MAX_ASPECT * min(rgb.size):
+                size = " x ".join(map(str, rgb.size))
+                raise ImageError(name, f"{size} is a strip, more than {MAX_ASPECT} times as long as wide")
         except ImageError as error:
             broken.append(ImageError(name, error.reason))
             continue
@@ -44,6 +52,14 @@ def load_here(images: Iterable[ImageInput], batch_size: int, transform: Transfor
     numbered = enumerate(images)
     while batch := list(islice(numbered, batch_size)):
         yield _load(batch, transform)
+
+
+def read_opened(images: Iterable[Any]) -> None:
+    """Decodes the images that Pillow has opened: worker processes would share the place in their files."""
+    for image in images:
+        if isinstance(image, Image.Image):
+            with suppress(Exception):  # decoders fail with anything; whoever opens it again will say so
+                image.load()
 
 
 class Batches(Dataset[Loaded]):

@@ -142,12 +142,14 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
         from_hub = pretrained and _reads_the_hub(cfg)
         if from_hub:
             # We fetch the file, because timm would load whatever comes.
-            kwargs.pop("pretrained_cfg_overlay", None)
             file = str(fetch_weights(cfg, kwargs.get("cache_dir")))
-            kwargs["pretrained_cfg"] = replace(cfg, file=file, source="file")
+            _exchange_cfg(kwargs, replace(cfg, file=file, source="file"))
             check_head(Path(file))
         elif pretrained and cfg.file and Path(cfg.file).is_file():
             check_head(Path(cfg.file))
+        elif pretrained and cfg.url:
+            # timm would pass over an address given by hand, for the repository of the tag.
+            _exchange_cfg(kwargs, replace(cfg, hf_hub_id=None))
         model: VisionTransformer = build_model_with_cfg(
             _vision_transformer,
             variant,
@@ -156,15 +158,23 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
             feature_cfg=feature_cfg,
             **kwargs,
         )
+    facts: Any = model.pretrained_cfg
     if from_hub:
-        facts: Any = model.pretrained_cfg
         facts.update(file=cfg.file, source=cfg.source)  # the place in the cache is nobody's business
+    elif pretrained and cfg.url:
+        facts.update(hf_hub_id=cfg.hf_hub_id)
     return model
 
 
+def _exchange_cfg(kwargs: dict[str, Any], cfg: PretrainedCfg) -> None:
+    kwargs.pop("pretrained_cfg_overlay", None)
+    kwargs["pretrained_cfg"] = cfg
+
+
 def _reads_the_hub(cfg: PretrainedCfg) -> bool:
-    """Tell whether timm would take the weights from the Hub: what is given by hand stands before it."""
-    return bool(cfg.hf_hub_id) and not (cfg.file or cfg.state_dict or cfg.url) and cfg.source in (None, "", "hf-hub")
+    """Tell whether the weights come from the Hub: what is given by hand stands before it, unless the source says so."""
+    by_hand = cfg.file or cfg.state_dict or cfg.url or cfg.source == "local-dir"
+    return bool(cfg.hf_hub_id) and (cfg.source == "hf-hub" or not by_hand)
 
 
 @register_model

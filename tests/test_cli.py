@@ -6,6 +6,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_g
 from perceptual_mae_models.images import find_images
 
 PMAE = Path(sys.executable).parent / "pmae"
+UNREADABLE = "not an image file, or of a kind that Pillow cannot read"
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +121,13 @@ def test_broken_images(run, photos: Path, checkpoint: str, tmp_path: Path, broke
     )
     status, _, err = run(*arguments)
     assert status == 1
-    assert err == f"pmae: error: {broken}: not an image file (--skip-broken leaves such images out)\n"
+    assert err == f"pmae: error: {broken}: {UNREADABLE} (--skip-broken leaves such images out)\n"
     assert {path.name for path in tmp_path.iterdir()} == {"broken.jpg"}
 
     status, out, err = run(*arguments, "--skip-broken")
     assert status == 0
     assert "24 x 192" in out
-    assert err == f"skipped {broken}: not an image file\n1 of 25 images were broken and are left out\n"
+    assert err == f"skipped {broken}: {UNREADABLE}\n1 of 25 images were broken and are left out\n"
 
     options = ("--checkpoint", checkpoint, "--device", "cpu", "--skip-broken")
     status, _, err = run("embed", broken, "-o", tmp_path / "none.npz", *options)
@@ -184,6 +186,25 @@ def test_interrupt(run, photos: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert run("embed", photos, "-o", tmp_path / "f.npz")[0] == 130
 
 
+def test_a_stopped_embed_leaves_nothing_and_says_so(photos: Path, checkpoint: str, tmp_path: Path) -> None:
+    output = tmp_path / "f.npz"
+    arguments = [PMAE, "embed", photos, "-o", output, "--checkpoint", checkpoint, "--device", "cpu"]
+    with subprocess.Popen([*arguments, "--batch-size", "1"], stderr=subprocess.PIPE, text=True) as process:
+        while not any(spool.stat().st_size for spool in tmp_path.glob(".f.npz.*.rows")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_is_no_success() -> None:
+    with subprocess.Popen([PMAE, "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (141, "")
+
+
 def test_list(run) -> None:
     status, out, _ = run("list")
     lines = [line.split() for line in out.splitlines()]
@@ -237,6 +258,16 @@ def test_similar(run, photos: Path, checkpoint: str, tmp_path: Path) -> None:
         assert picture.format == "PNG"
         assert picture.width > 3 * 176
 
+    again = run("similar", copy, tmp_path, *options)[1]  # the picture of before is no neighbour
+    assert str(output) not in again.splitlines()[1:-1]
+    many = tmp_path / "many"
+    many.mkdir()
+    for index in range(70):
+        Image.new("L", (8, 8), index).save(many / f"{index}.png")
+    status, out, err = run("similar", many, photos, *options[:-1], tmp_path / "similar.webp")
+    assert (status, out) == (1, "")
+    assert "848 x 17606 pixels, and .webp at most 16383 a side: ask for fewer queries" in err
+
     alone = tmp_path / "alone"
     alone.mkdir()
     Image.open(files[0]).save(alone / "only.png")
@@ -251,7 +282,7 @@ def test_similar_goes_on_without_broken_queries(
     options = ["--checkpoint", checkpoint, "--device", "cpu", "-o", tmp_path / "similar.png"]
     assert "--skip-broken leaves" in run("similar", query, broken, photos, *options)[2]
     status, out, err = run("similar", query, broken, photos, *options, "--skip-broken")
-    assert (status, err) == (0, f"skipped {broken}: not an image file\n")
+    assert (status, err) == (0, f"skipped {broken}: {UNREADABLE}\n")
     assert out.startswith(f"{query}\n    1.0000  ")
     (tmp_path / "similar.png").unlink()
     assert "none of the 1 queries could be read" in run("similar", broken, photos, *options, "--skip-broken")[2]

@@ -132,6 +132,24 @@ def test_a_published_repository_must_have_its_manifest(
     assert_loaded(state)  # somebody's own upload
 
 
+def test_what_is_given_by_hand_stands_before_the_repository_unless_the_source_says_hub(
+    server: Hub, published: Repo, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.pth"
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, other)
+    by_hand = ({"url": other.as_uri()}, {"file": str(other)}, {"url": other.as_uri(), "source": "timm"})
+    for overlay in by_hand:
+        model = timm.create_model(TAG, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "cache")
+        assert torch.equal(model.norm.weight, state["norm.weight"] + 1), overlay
+        assert model.pretrained_cfg["hf_hub_id"] == NAME
+    assert not server.requests
+    for overlay in ({"source": "timm"}, {"source": "hf-hub", "file": str(other)}):
+        server.requests.clear()
+        model = timm.create_model(TAG, pretrained=True, pretrained_cfg_overlay=overlay)
+        assert torch.equal(model.norm.weight, state["norm.weight"]), overlay
+        assert any("manifest.json" in request for request in server.requests), overlay
+
+
 def test_a_revision_can_be_asked_for(published: Repo, state: dict[str, torch.Tensor]) -> None:
     first = published.branches["main"]
     published.commit(as_files({name: tensor + 1 for name, tensor in state.items()}))
@@ -309,13 +327,21 @@ def test_verify_knows_what_is_in_the_cache_and_what_is_not(published: Repo, caps
     assert run(capsys, "verify", TAG)[:2] == (0, "model.safetensors  ok\n")
 
 
-def test_embedded_weights_verify_and_need_no_download(server: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embedded_weights_verify_and_need_no_download(
+    server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, _ = run(capsys, "verify", "vit_pico_patch8_pmae")
     assert status == 0
     assert "vit_pico_patch8_pmae.mae_imagenette.safetensors  ok" in out
     status, out, _ = run(capsys, "download", "vit_pico_patch8_pmae")
     assert status == 0
     assert "in the package" in out
+    folder = tmp_path / "copy"
+    assert run(capsys, "download", "vit_pico_patch8_pmae.mae_imagenette", "--to", folder)[0] == 0
+    assert run(capsys, "verify", folder)[1].count("  ok\n") == 2  # encoder and decoder
+    decoder = folder / "vit_pico_patch8_pmae.mae_imagenette.decoder.safetensors"
+    decoder.write_bytes(decoder.read_bytes()[:-1])
+    assert "bytes instead of" in run(capsys, "verify", folder)[2]
     assert not server.requests
 
 
@@ -327,5 +353,5 @@ def test_what_cannot_be_downloaded_or_verified_is_told(
     assert "not published yet" in err
     status, _, err = run(capsys, "verify", tmp_path)
     assert status == 1
-    assert "manifest.json" in err
+    assert f"{tmp_path} holds no manifest.json" in err
     assert run(capsys, "download", "vit_no_such_model")[0] == 1

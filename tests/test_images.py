@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from perceptual_mae_models.images import ImageError, find_images, grey_to_8_bit, image_name, open_image
 
@@ -149,7 +149,20 @@ def test_sixteen_bits_look_like_eight(tmp_path: Path, photo: np.ndarray, grey: n
     np.testing.assert_array_equal(pixels(tmp_path / "deep_rgb.png"), photo)
     # A dark 16-bit image stays dark.
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "dark.png")
-    assert pixels(tmp_path / "dark.png").max() <= 1
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "dark.pgm")
+    assert (tmp_path / "dark.pgm").read_bytes().split()[3] == b"65535"
+    for name in ("dark.png", "dark.pgm"):
+        assert pixels(tmp_path / name).max() <= 1, name
+
+
+def test_sixteen_bit_negatives_are_turned(tmp_path: Path, grey: np.ndarray) -> None:
+    Image.fromarray((255 - grey).astype(np.uint16) * 257).save(tmp_path / "negative.tiff")
+    stored = (tmp_path / "negative.tiff").read_bytes()
+    entry = struct.pack("<HHI", ExifTags.Base.PhotometricInterpretation, 3, 1)
+    assert stored.count(entry) == 1
+    place = stored.index(entry) + len(entry)
+    (tmp_path / "negative.tiff").write_bytes(stored[:place] + b"\0\0" + stored[place + 2 :])  # white is zero
+    np.testing.assert_array_equal(pixels(tmp_path / "negative.tiff"), rgb(grey))
 
 
 def test_integer_and_float_files(tmp_path: Path, grey: np.ndarray) -> None:
@@ -290,3 +303,11 @@ def test_links(tmp_path: Path) -> None:
     (tmp_path / "real/loop").symlink_to("..")
     (tmp_path / "link").symlink_to("real")
     assert [path.name for path in find_images([tmp_path / "link"])] == ["1.png", "2.png"]
+    (tmp_path / "real/again").symlink_to(".")
+    (tmp_path / "real/.hidden").mkdir()
+    (tmp_path / "real/.hidden/3.png").touch()
+    for pattern in ("**/*.png", "real/**", "r*/**/*.png", "real/**/"):
+        found = find_images([tmp_path / pattern])
+        assert [str(path.relative_to(tmp_path)) for path in found] == ["real/1.png", "real/2.png"], pattern
+    (hidden,) = find_images([tmp_path / "**/.hidden/*.png"])
+    assert hidden.name == "3.png"

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 
+LARGEST_SIDE = {".webp": 16383, ".jpg": 65500}
+"""Pixels that a format can hold in a row or column, where that is less than memory."""
+
 
 def embed(arguments: argparse.Namespace) -> int:
     """`pmae embed`: features of many images into one file."""
@@ -38,13 +41,14 @@ def similar(arguments: argparse.Namespace) -> int:
     import torch
 
     from perceptual_mae_models.features import FeatureBatch
-    from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery, square_tile
+    from perceptual_mae_models.gallery import GalleryRow, Tile, gallery_size, nearest, neighbour_gallery, square_tile
     from perceptual_mae_models.images import find_images, open_image
     from perceptual_mae_models.writers import check_output
 
     check_output(arguments.output, (".png", ".jpg", ".webp"))
     queries = find_images(arguments.queries)
-    files = find_images([arguments.folder])
+    files = [file for file in find_images([arguments.folder]) if file.absolute() != arguments.output.absolute()]
+    _check_canvas(arguments.output, gallery_size(len(queries), min(arguments.k, len(files))))
     extractor = _extractor(arguments)
     batches = list(_stream(extractor, queries, arguments))
     names = tuple(name for batch in batches for name in batch.names)
@@ -62,16 +66,26 @@ def similar(arguments: argparse.Namespace) -> int:
         GalleryRow(tile(query), [tile(match.name, match.similarity) for match in found])
         for query, found in zip(names, matches, strict=True)
     ]
-    facts = extractor.metadata
-    weights = facts["tag"] or facts["weights"]
-    subtitle = f"{facts['model']}, {weights}; cosine similarity of {facts['pool']} features; {len(files)} images"
-    neighbour_gallery(rows, subtitle=subtitle).save(arguments.output)
     for query, found in zip(names, matches, strict=True):
         print(query)
         for match in found:
             print(f"    {match.similarity:.4f}  {match.name}")
+    facts = extractor.metadata
+    weights = facts["tag"] or facts["weights"]
+    subtitle = f"{facts['model']}, {weights}; cosine similarity of {facts['pool']} features; {len(files)} images"
+    neighbour_gallery(rows, subtitle=subtitle).save(arguments.output)
     print(arguments.output)
     return 0
+
+
+def _check_canvas(output: Path, size: tuple[int, int]) -> None:
+    limit = LARGEST_SIDE.get(output.suffix)
+    if limit and max(size) > limit:
+        width, height = size
+        raise ValueError(
+            f"the picture would have {width} x {height} pixels, and {output.suffix} at most {limit} a side:"
+            " ask for fewer queries or neighbours, or a .png"
+        )
 
 
 class Progress:

@@ -51,39 +51,50 @@ def _deliver(paths: dict[str, Path], folder: Path | None) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """`pmae verify`: the files of a tag or of a folder against their manifest."""
-    from perceptual_mae_models.hub import (
-        MANIFEST,
-        check_file,
-        fetch_file,
-        fetch_manifest,
-        find_repository,
-        read_manifest,
-    )
+    from perceptual_mae_models.hub import check_file, read_manifest
 
     for target in arguments.targets:
         if (folder := Path(target)).is_dir():
-            manifest = read_manifest(folder / MANIFEST)
-            paths = {name: folder / name for name in manifest["files"]}
-            source = str(folder)
+            found = [(read_manifest(file), folder, str(folder)) for file in _list_manifests(folder)]
         elif (cfg := _pretrained_cfg(target)).file:
-            folder = Path(cfg.file).parent
-            manifest = read_manifest(Path(cfg.file).with_suffix(".json"))
-            paths = {name: folder / name for name in manifest["files"]}
-            source = "the package"
+            weights = Path(cfg.file)
+            found = [(read_manifest(weights.with_suffix(".json")), weights.parent, "the package")]
         else:
-            repository = find_repository(cfg)
-            if not repository.ours:
-                raise ValueError(f"{repository} is not a repository of ours and has no manifest to verify against")
-            try:
-                manifest = fetch_manifest(repository, local=True)
-                paths = {name: fetch_file(repository, name, local=True) for name in manifest["files"]}
-            except OSError as error:
-                raise ValueError(f"{target} is not in the Hub's cache: `pmae download {target}` first") from error
-            source = str(repository)
-        for name, path in paths.items():
-            check_file(path, name, manifest, source)
-            print(f"{name}  ok")
+            found = [_find_cached(target, cfg)]
+        for manifest, folder, source in found:
+            for name in manifest["files"]:
+                check_file(folder / name, name, manifest, source)
+                print(f"{name}  ok")
     return 0
+
+
+def _list_manifests(folder: Path) -> list[Path]:
+    """The manifest of a repository's folder; of what came out of the package, those beside the weights."""
+    from perceptual_mae_models.hub import MANIFEST
+
+    if (alone := folder / MANIFEST).exists():
+        return [alone]
+    if beside := [
+        path for file in sorted(folder.glob("*.safetensors")) if (path := file.with_suffix(".json")).exists()
+    ]:
+        return beside
+    raise ValueError(f"{folder} holds no {MANIFEST} to verify against, and no .json beside .safetensors")
+
+
+def _find_cached(target: str, cfg: "PretrainedCfg") -> tuple[dict[str, Any], Path, str]:
+    """The manifest of a tag in the Hub's cache, the folder of its files, and the repository."""
+    from perceptual_mae_models.hub import MANIFEST, fetch_file, fetch_manifest, find_repository
+
+    repository = find_repository(cfg)
+    if not repository.ours:
+        raise ValueError(f"{repository} is not a repository of ours and has no manifest to verify against")
+    try:
+        manifest = fetch_manifest(repository, local=True)
+        for name in manifest["files"]:
+            fetch_file(repository, name, local=True)
+        return manifest, fetch_file(repository, MANIFEST, local=True).parent, str(repository)
+    except OSError as error:
+        raise ValueError(f"{target} is not in the Hub's cache: `pmae download {target}` first") from error
 
 
 def _pretrained_cfg(name: str) -> "PretrainedCfg":
