@@ -68,6 +68,21 @@ def test_dry_run_derives_its_figures(method: str, capsys: pytest.CaptureFixture[
     assert hours == pytest.approx(gflop * 1e9 * images / (312e12 * 0.4) / 3600, rel=0.01)
 
 
+def test_a_dry_run_heeds_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*flags: str) -> str:
+        pretrain.main(["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--images", "1280", *flags])
+        return capsys.readouterr().out
+
+    def memory(text: str) -> float:
+        return float(text.split("images of ")[1].split()[0])
+
+    assert memory(told("--grad-checkpointing")) < 0.5 * memory(told())
+    assert "second pass" in told("--grad-checkpointing")
+    assert 0 < float(told().split("device hours")[1].split()[0]) < 0.01
+    with pytest.raises(SystemExit, match=r"--warmup 0\.9: none of the 3 steps"):
+        told("--steps", "3", "--warmup", "0.9")
+
+
 def test_a_larger_run_is_not_estimated_without_asking(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--images", "1280", "--epochs", "10"]
     pretrain.main(arguments)

@@ -134,7 +134,7 @@ def test_a_broken_image_is_named_and_replaced_by_the_next(photos: Path, tmp_path
     views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
     broken = next(i for i in range(3) if source.name(i) == "1.png")
     view, skipped = views[ImageKey(0, broken)]
-    assert skipped == ["1.png"]
+    assert skipped == ["1.png: not an image"]
     assert view.shape == (3, 32, 32)
     with pytest.raises(ImageError, match=r"1\.png"):
         source.load(broken)
@@ -147,7 +147,7 @@ def test_broken_neighbours_are_named_once_an_epoch(photos: Path, tmp_path: Path)
     source = ImageSource(tmp_path)
     views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
     skipped = [name for image in range(8) for name in views[ImageKey(0, image)][1]]
-    assert skipped == [f"{number}.png" for number in range(1, 6)]
+    assert skipped == [f"{number}.png: empty" for number in range(1, 6)]
 
 
 def test_hidden_files_beside_images_are_no_images(photos: Path, tmp_path: Path) -> None:
@@ -161,6 +161,34 @@ def test_hidden_files_beside_images_are_no_images(photos: Path, tmp_path: Path) 
     for spec, folder in ((tmp_path / "data", ""), (tmp_path / "data.tar", "data/")):
         source = ImageSource(spec)
         assert [source.name(index) for index in range(len(source))] == [folder + name for name in names]
+
+
+def test_hidden_folders_hold_no_images_and_links_in_a_circle_are_refused(photos: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("a/1.png", "b/2.png", ".ipynb_checkpoints/3.png", "a/.hidden/4.png"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes((photos / "class0" / "00.png").read_bytes())
+    (data / "c").symlink_to("b")
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for name in ("a", "b", ".ipynb_checkpoints"):
+            tar.add(data / name, f"./{name}")
+    folder, tar_of_it = ImageSource(data), ImageSource(tmp_path / "data.tar")
+    assert [folder.name(index) for index in range(len(folder))] == ["a/1.png", "b/2.png", "c/2.png"]
+    assert (folder.classes, folder.labels) == (["a", "b", "c"], [0, 1, 2])
+    assert (tar_of_it.classes, tar_of_it.labels) == (["a", "b"], [0, 1])
+    assert folder.load(1).size == tar_of_it.load(1).size
+    for link, target in (("a/latest", ".."), ("a/latest", ".")):
+        (data / link).symlink_to(target)
+        with pytest.raises(ValueError, match="latest leads back to a folder that it lies in"):
+            ImageSource(data)
+        (data / link).unlink()
+
+
+def test_too_large_an_image_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match=r"large\.png: Image size \(4096 pixels\) exceeds limit"):
+        ImageSource(tmp_path).load(0)
 
 
 def test_sources_that_cannot_work_are_refused(tmp_path: Path) -> None:

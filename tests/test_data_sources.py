@@ -307,7 +307,7 @@ def test_a_broken_image_of_a_stream_is_named_and_replaced_at_its_place(datasets:
     straight = batches(spec, range(4), epoch=None, batch_size=6, buffer=1)
     assert seen(straight) == [i if i not in (3, 8) else i + 1 for i in range(24) if i != 7] + [0]
     assert [batch.broken for batch in straight] == [
-        ["shard 0, row 3 (03.png)"], ["shard 0, row 7 (08.png)"], [], []
+        ["shard 0, row 3 (03.png): not an image"], ["shard 0, row 7 (08.png): not an image"], [], []
     ]  # fmt: skip
     late = batches(spec, range(1, 4), epoch=None, batch_size=6, buffer=1)
     assert all(

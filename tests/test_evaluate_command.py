@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from training.data.images import ImageSource, keep_some
-from training.evaluate.command import evaluate, main
+from training.evaluate.command import describe_settings, evaluate, main
 from training.evaluate.detection import DetectionSettings
 from training.evaluate.finetune_recipe import FineTuneSettings
 from training.evaluate.intervals import share_interval
@@ -71,8 +71,8 @@ def test_what_was_learned_is_judged_on_the_test_images_and_under_shift(tmp_path:
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (("a", "b", "c"), ("b", "c"), r"only in --train \['a'\]"),
-        (("a", "b"), ("a", "c"), r"only in --train \['b'\], only in --test \['c'\]"),
+        (("a", "b", "c"), ("b", "c"), "only in --train: a; only in --test: none"),
+        (("a", "b"), ("a", "c"), "only in --train: b; only in --test: c"),
         (("a",), ("a",), "--train has one class"),
     ],
 )
@@ -141,6 +141,20 @@ def test_a_second_command_adds_to_what_the_first_one_found(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="figures of other settings"):
         evaluate(options(tmp_path, **sets, settings=Settings(k=(2,), shots=("1",), draws=2)))
     assert read_results(tmp_path / "out" / "results.json") == found
+
+
+def test_settings_are_those_of_the_protocols_that_run(tmp_path: Path) -> None:
+    common = {"seed", "dtype", "groups"}
+    expected = {
+        ("knn",): {"k"},
+        ("linear",): {"epochs", "hold_back"},
+        ("few_shot", "knn"): {"k", "shots", "draws"},
+        ("finetune",): {"finetune"},
+        ("shift",): {"shift", "epochs", "hold_back"},
+    }
+    for protocols, names in expected.items():
+        options = Options(models=("pixels:4",), protocols=protocols, out=tmp_path)
+        assert describe_settings(options).keys() == common | names, protocols
 
 
 def test_a_test_of_copies_is_refused(tmp_path: Path) -> None:

@@ -172,6 +172,10 @@ def test_what_would_do_harm_is_refused(photos: Path, tmp_path: Path) -> None:
         main(str(photos), tmp_path / "both", short_side=0)
     with pytest.raises(SystemExit, match="no such folder"):
         main(str(tmp_path / "nowhere"), tmp_path / "both", short_side=32)
+    with pytest.raises(SystemExit, match="--workers at least 0"):
+        main(str(photos), tmp_path / "both", short_side=32, workers=-2)
+    with pytest.raises(SystemExit, match=r"prepare\.py: .*mine\.txt"):
+        main(str(photos), tmp_path / "mine.txt", short_side=32)
 
 
 def test_the_command_line(photos: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from training.evaluate.features import extract
 from training.evaluate.knn import knn_predict
 from training.evaluate.monitor import KnnMonitor
 from training.recipes import recipe_from_json
+from training.run.folder import create_run_folder, own_run_folder
 from training.step import reconstruction_loss
 from training.team import create_team
 from training.weights import load_autoencoder
@@ -220,6 +221,9 @@ def test_runs_are_compared_on_the_same_images(photos: Path, straight: Path, tmp_
     assert np.array_equal(one[shown], original[shown])
     with pytest.raises(SystemExit, match="a run writes it at its end"):
         compare.main((tmp_path,))
+    for wrong in ({"data": tmp_path / "nowhere"}, {"out": tmp_path / "nowhere" / "out.png"}):
+        with pytest.raises(SystemExit, match=r"compare\.py: .*nowhere"):
+            compare.main((straight,), **wrong)
 
 
 def test_killed_and_resumed_ends_bit_equal(photos: Path, straight: Path, tmp_path: Path) -> None:
@@ -288,7 +292,13 @@ def test_bf16_trains_close_to_float32(photos: Path, tmp_path: Path) -> None:
         (("--model", "resnet50"), "--model resnet50 is none that can be pretrained here: choose vit_base"),
         (("--model", "vit_tiny_patch16_224"), "--model vit_tiny_patch16_224 is none that can be pretrained here"),
         (("--model", "vit_nano"), "unknown model 'vit_nano'"),
+        (
+            ("--model", "vit_pico_patch8_pmae.mae_imagenette"),
+            "give --model vit_pico_patch8_pmae --init vit_pico_patch8_p",
+        ),
         (("--steps", "many"), "--steps"),
+        (("--workers", -1), "--workers is -1: it must be at least 0"),
+        (("--devices", 0), "--devices is 0: it must be above 0"),
     ],
 )
 def test_wrong_flags_stop_before_training(
@@ -312,6 +322,50 @@ def test_a_folder_with_a_run_is_not_overwritten_nor_continued_otherwise(photos: 
     assert "already holds a run: pass --resume auto" in fail_here(*arguments)
     assert "recipe.blr: was 0.002, now 1" in fail_here(*arguments, "--resume", "auto", "--blr", 1)
     assert (straight / "encoder.safetensors").read_bytes() == before
+
+
+def test_a_folder_in_which_nothing_was_learned_is_taken_over_and_one_in_use_is_not(
+    photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    create_run_folder(out, {"recipe": {"batch_size": 4096}, "data": {}})  # and then memory ran out
+    arguments = ("mae", "--data", photos, "--out", out, *TINY, "--steps", 1)
+    with own_run_folder(out):
+        assert f"{out} belongs to a run that is going on" in fail_here(*arguments)
+        assert "going on" in fail_here(*arguments, "--resume", "auto")
+    run_here(*arguments)
+    assert json.loads((out / "recipe.json").read_text())["recipe"]["batch_size"] == 8
+    assert "already holds a run" in fail_here(*arguments)
+    assert f"{photos / 'class0' / '00.png'}" in fail_here(*arguments, "--out", photos / "class0" / "00.png")
+
+
+def test_an_error_ends_a_run_whose_loaders_are_other_processes(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(16):
+        (tmp_path / "data" / f"{number}.png").write_bytes(b"")
+    arguments = ("mae", "--data", tmp_path / "data", "--out", tmp_path / "out", *TINY, "--workers", 2, "--steps", 9)
+    finished = run(*arguments)  # within its time
+    assert finished.returncode not in (0, 75)
+    assert "none of its 16 images decodes" in finished.stderr
+
+
+def test_an_encoder_begins_with_given_weights(photos: Path, straight: Path, tmp_path: Path) -> None:
+    weights, given = tmp_path / "weights.safetensors", load_file(straight / "encoder.safetensors")
+    shutil.copy(straight / "encoder.safetensors", weights)
+    still = ("mae", "--data", photos, *TINY, "--steps", 1, "--blr", 1e-12, "--weight-decay", 0, "--ema-decay", 0.9)
+    run_here(*still, "--out", tmp_path / "out", "--init", weights)
+    learned = load_file(tmp_path / "out" / "encoder.safetensors")
+    for name, tensor in given.items():
+        torch.testing.assert_close(learned[name], tensor, msg=name)
+    weights.unlink()  # a checkpoint has all of it
+    run_here(*still, "--out", tmp_path / "out", "--init", weights, "--resume", "auto")
+    run_here(*still, "--out", tmp_path / "tag", "--init", "vit_pico_patch8_pmae.mae_imagenette")
+    embedded = timm.create_model("vit_pico_patch8_pmae.mae_imagenette", pretrained=True).state_dict()
+    found = load_file(tmp_path / "tag" / "encoder.safetensors")
+    torch.testing.assert_close(found["blocks.0.attn.qkv.weight"], embedded["blocks.0.attn.qkv.weight"])
+    for wrong, message in (("vit_base_patch16_pmae.fb_mae_in1k", "neither a file nor a tag"), (weights, "nor a tag")):
+        assert message in fail_here(*still, "--out", tmp_path / "no", "--init", wrong)
+    assert "complete encoder" in fail_here(*still, "--out", tmp_path / "no", "--init", straight / "decoder.safetensors")
 
 
 def test_a_run_from_before_a_field_of_the_recipe_goes_on_as_long_as_the_field_is_at_its_default(
@@ -345,7 +399,7 @@ def test_a_share_of_broken_images_is_skipped_and_too_many_stop(
     (data / "00.png").write_bytes(b"")
     arguments = ("mae", "--data", data, *TINY, "--steps", 3)
     run_here(*arguments, "--out", tmp_path / "tolerant", "--max-broken", 0.1)
-    assert "skipped an image that does not decode: 00.png" in capsys.readouterr().err
+    assert "skipped an image that does not decode: 00.png: empty" in capsys.readouterr().err
     assert metrics(tmp_path / "tolerant")[-1]["broken"] == 1
     strict = (*arguments, "--out", tmp_path / "strict", "--checkpoint-every", 1)
     said = fail_here(*strict, "--max-broken", 0)

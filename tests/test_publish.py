@@ -24,7 +24,7 @@ import perceptual_mae_models  # noqa: F401  (registers the encoders)
 from perceptual_mae_models.hub import IntegrityError
 from training import export, hub_configs, pretrain, publish
 from training.evaluate.models import describe_model
-from training.hub.card import describe_protocol
+from training.hub.card import describe_protocol, describe_results
 from training.hub.repository import (
     TIMM_TWINS,
     build_config,
@@ -283,6 +283,55 @@ def test_a_run_on_images_that_nobody_counted_is_not_exported_under_a_registered_
         export.main(str(copy), name=EMBEDDED, to=tmp_path / "to", **facts)
 
 
+def change_recipe(run: Path, folder: Path, **changes: object) -> Path:
+    copy = shutil.copytree(run, folder)
+    description = json.loads((copy / "recipe.json").read_text())
+    description["recipe"] |= changes
+    (copy / "recipe.json").write_text(json.dumps(description))
+    return copy
+
+
+def test_a_card_says_of_the_recipe_what_was_run(run: Path, tmp_path: Path) -> None:
+    def card(number: int, **changes: object) -> str:
+        changed = change_recipe(run, tmp_path / f"run{number}", **changes)
+        export.main(str(changed), name=OWN, to=tmp_path / f"to{number}", **OWN_FACTS)
+        return (tmp_path / f"to{number}" / OWN / "README.md").read_text()
+
+    assert "2 steps (0.667 times all images), batch 8" in card(0)
+    assert "3.5 epochs, batch 8" in card(1, steps=None, epochs=3.5)
+    for number, changes in enumerate(({"reconstruction": "l1"}, {"loss_on": "image"}, {"norm_pix_loss": False}), 2):
+        text = card(number, **changes)
+        assert "a masked autoencoder, trained by a variant of the method `mae`" in text
+        assert "squared error" not in text
+    adversarial = {"method": "ls_gan_p", "reconstruction": "l1", "loss_on": "image", "norm_pix_loss": False}
+    adversarial |= {"phi": "discriminator", "feature_weight": 1.0, "adversarial_weight": 0.1}
+    assert "under L1, the features of a discriminator" in card(5, **adversarial)
+    assert "a variant of the method `ls_gan_p`" in card(6, **{**adversarial, "feature_weight": 0})
+    begun = card(7, init="/home/somebody/theirs.safetensors")
+    assert "The encoder began with the weights of `theirs.safetensors`, whose terms go with these." in begun
+    assert "somebody" not in begun
+    assert "Nothing was filtered" not in begun
+
+
+def test_weights_that_began_with_others_have_no_registered_tag(run: Path, tmp_path: Path) -> None:
+    copy = change_recipe(run, tmp_path / "run", init=EMBEDDED)
+    description = json.loads((copy / "recipe.json").read_text())
+    description["data"]["images"] = 9469
+    (copy / "recipe.json").write_text(json.dumps(description))
+    facts = {**OWN_FACTS, "license": None, "data_title": None}
+    with pytest.raises(SystemExit, match=f"began with {EMBEDDED}, which {EMBEDDED} does not say"):
+        export.main(str(copy), name=EMBEDDED, to=tmp_path / "to", **facts)
+
+
+def test_figures_without_an_interval_have_none(run: Path, tmp_path: Path) -> None:
+    export.main(str(run), name=OWN, to=tmp_path, **OWN_FACTS)
+    provenance = json.loads((tmp_path / OWN / "recipe.json").read_text())
+    value = {"mean": 0.7, "low": 0.7, "high": 0.7}
+    row = {"images": "mine (10 test images)", "protocol": "few_shot", "setting": "5", "features": "cls+avg"}
+    text = "\n".join(describe_results({**provenance, "results": [{**row, "metric": "accuracy", "value": value}]}))
+    assert "| 70.0 |" in text
+
+
 def test_a_run_becomes_files_of_the_package(run: Path, tmp_path: Path) -> None:
     export.main(str(run), name=OWN, to=tmp_path, layout="package", dtype="float32", **OWN_FACTS)
     provenance = json.loads((tmp_path / f"{OWN}.json").read_text())
@@ -301,6 +350,19 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
         export.main(EMBEDDED, to=tmp_path, results=results, features="nothing")
     with pytest.raises(SystemExit, match="No such file"):
         export.main(str(tmp_path), name=EMBEDDED, to=tmp_path, data_terms="ours", hardware="here")
+    (tmp_path / "results.json").write_text('{"figures": 3}')
+    with pytest.raises(SystemExit, match=r"results\.json"):
+        export.main(EMBEDDED, to=tmp_path / "new", results=(tmp_path / "results.json",))
+    assert not (tmp_path / "new").exists()
+    export.main(EMBEDDED, to=tmp_path / "new" / "folder", layout="package")
+    assert (tmp_path / "new" / "folder" / f"{EMBEDDED}.json").exists()
+
+
+def test_a_run_that_has_not_ended_is_not_exported(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "encoder.safetensors").unlink()
+    with pytest.raises(SystemExit, match="a run writes it at its end"):
+        export.main(str(copy), name=OWN, to=tmp_path / "to", **OWN_FACTS)
 
 
 # --- and published ---------------------------------------------------------------------------------------------------

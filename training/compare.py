@@ -39,12 +39,24 @@ def main(
         out: Picture to write.
     """
     try:
-        networks = [open_run(folder) for folder in runs]
-    except FileNotFoundError as error:
+        draw(runs, data, count, seed, out)
+    except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"compare.py: {error}") from error
+    print(out)
+
+
+def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: Path) -> None:
+    """Do what `main` says.
+
+    Raises:
+        OSError: If runs or images are not there, or the picture cannot be written.
+        ValueError: If an image does not decode, or runs have nothing to compare.
+        RuntimeError: If a run's files do not fit its recipe.
+    """
+    networks = [open_run(folder) for folder in runs]
     shapes = {(network.image_size, network.num_patches, network.mask_ratio) for network, _ in networks}
     if len(shapes) != 1:
-        raise SystemExit("compare.py: the runs differ in image size, patch size or mask ratio")
+        raise ValueError("the runs differ in image size, patch size or mask ratio")
     (((height, width), num_patches, mask_ratio),) = shapes
     if data:
         source = ImageSource(data)
@@ -61,7 +73,6 @@ def main(
         rows = {Path(label).name: images for label, images in rows.items()}
     note = f"{height} x {width} pixels; visible patches as they are; norm_pix_loss: contrast of the original's patches"
     labelled_rows(rows, "Masked photographs, rebuilt", note, scale=max(1, 192 // height)).save(out)
-    print(out)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ class Runtime:
     """Where metrics go besides metrics.jsonl; each needs its package."""
 
     def __post_init__(self) -> None:
-        if self.micro_batches < 1:
-            raise ValueError(f"--micro-batches is {self.micro_batches}: it must be at least 1")
+        for name, least in (("micro_batches", 1), ("workers", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,11 @@ class Estimate:
     """A device's matrix-product peak, 10^12 operations a second; an A100's in bf16 by its data sheet."""
     assumed_utilisation: float = 0.4
     """Share of that peak that the run reaches; metrics.jsonl and training/benchmark.py say what yours does."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "devices", "peak_tflops", "assumed_utilisation"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,14 +52,19 @@ class Cost:
         return sum(self.gflop.values())
 
 
-def measure_cost(recipe: Recipe) -> Cost:
+def measure_cost(recipe: Recipe, *, grad_checkpointing: bool = False) -> Cost:
     """Count a recipe's cost; without that of a timm model as phi, whose weights fake tensors cannot hold.
+
+    Args:
+        recipe: What runs.
+        grad_checkpointing: Whether the autoencoder's blocks keep nothing for backward passes and run twice; it changes
+            `activation_bytes` alone here.
 
     Raises:
         ValueError: If the recipe's model is unknown or cannot be pretrained.
     """
     recipe = _without_timm_phi(recipe)
-    few, many = (_count_kept(_without_lazy_terms(recipe), samples) for samples in (8, 16))
+    few, many = (_count_kept(_without_lazy_terms(recipe), samples, grad_checkpointing) for samples in (8, 16))
     with fake_team(recipe) as team:
         networks: dict[str, nn.Module] = {
             "encoder": team.network.encoder,
@@ -120,7 +125,15 @@ def matmul_peak(device: torch.device, precision: str, *, seconds: float = 0.3) -
     return 2 * size**3 / best / 1e9
 
 
-def describe(recipe: Recipe, *, num_images: int | None, per_device: int, peak_tflops: float, utilisation: float) -> str:
+def describe(
+    recipe: Recipe,
+    *,
+    num_images: int | None,
+    per_device: int,
+    peak_tflops: float,
+    utilisation: float,
+    grad_checkpointing: bool = False,
+) -> str:
     """Say what a run would do and cost.
 
     Args:
@@ -129,8 +142,10 @@ def describe(recipe: Recipe, *, num_images: int | None, per_device: int, peak_tf
         per_device: Images of one pass on one device.
         peak_tflops: The device's matrix-product peak, 10^12 operations a second.
         utilisation: Share of the peak that the run reaches.
+        grad_checkpointing: Whether the autoencoder's blocks are computed twice, which costs up to a third more time
+            and is not in the hours.
     """
-    cost, steps = measure_cost(recipe), recipe.num_steps(num_images)
+    cost, steps = measure_cost(recipe, grad_checkpointing=grad_checkpointing), recipe.num_steps(num_images)
     plain_steps = min(steps, getattr(recipe, "adversarial_start", 0))
     gflop = cost.gflop_per_image * (steps - plain_steps)
     if plain_steps:
@@ -150,8 +165,11 @@ def describe(recipe: Recipe, *, num_images: int | None, per_device: int, peak_tf
         f" = {(fixed + per_device * image) / 2**30:.2f} GiB, before torch's own overhead",
         f"steps                {steps} of {recipe.batch_size} images"
         + ("" if num_images is None else f"; {num_images} images an epoch"),
-        f"device hours         {hours:.1f} at {utilisation:.0%} of {peak_tflops:g} TFLOP/s",
+        f"device hours         {hours:{'.1f' if hours >= 10 else '.2g'}} at {utilisation:.0%} of a matrix-product peak"
+        f" of {peak_tflops:g} TFLOP/s (--peak-tflops, --assumed-utilisation)",
     ]
+    if grad_checkpointing:
+        lines.append("not counted          the second pass through the autoencoder's blocks: its time")
     if _without_timm_phi(recipe) != recipe:
         lines.append("not counted          phi, which sees every image and its reconstruction: its passes and weights")
     return "\n".join(lines)
@@ -182,9 +200,10 @@ def _fake_pass(recipe: Recipe, samples: int, team: Team, mark: Callable[[str], N
         mark("autoencoder")
 
 
-def _count_kept(recipe: Recipe, samples: int) -> int:
+def _count_kept(recipe: Recipe, samples: int, grad_checkpointing: bool = False) -> int:
     """Most bytes that autograd keeps at once in a step, weights themselves left out."""
     with fake_team(recipe) as team:
+        team.network.grad_checkpointing = grad_checkpointing
         weights = {p.untyped_storage()._cdata for module in team.modules().values() for p in module.parameters()}
         ledger = _Ledger(weights)
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(ledger, tensor), lambda kept: kept.tensor):

@@ -40,6 +40,7 @@ from training.hub.repository import (
     write_repository,
 )
 from training.hub.results import FEATURES, list_accuracies
+from training.report.results import read_results as read_evaluation
 from training.run.checkpoint import write_atomically
 
 
@@ -78,6 +79,8 @@ def main(
         features: Whose figures to record.
     """
     try:
+        for file in results:  # before anything is written
+            read_evaluation(file)
         if Path(source).is_dir():
             if not (name and data_terms and hardware):
                 raise ValueError("a run needs --name, --data-terms and --hardware")
@@ -142,6 +145,8 @@ def facts_of_run(
         raise ValueError(f"--license and --data-title are for tags of your own: {name} says its own")
     method, _, images = name.partition(".")[2].rpartition("_")
     title, _, count = DATASETS[images]
+    if recipe.get("init"):
+        raise ValueError(f"{run} began with {recipe['init']}, which {name} does not say: choose a tag of your own")
     if recipe["method"] != method or data["images"] != count:
         seen = f"{data['images']} of" if data["images"] else "an unknown number of images of"
         raise ValueError(
@@ -163,6 +168,8 @@ def export_run(
     description = json.loads((run / "recipe.json").read_text())
     for part, target in zip(("encoder", "decoder"), targets, strict=True):
         source = run / f"{part}.safetensors"
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such file; a run writes it at its end")
         target.parent.mkdir(parents=True, exist_ok=True)
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata()
@@ -196,7 +203,7 @@ def read_results(file: Path, fingerprints: set[str], features: str) -> list[dict
     Raises:
         ValueError: If it has none.
     """
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_evaluation(file)
     try:
         return list_accuracies(found, file.resolve().parent.name, fingerprints, features)
     except ValueError as error:
@@ -205,6 +212,7 @@ def read_results(file: Path, fingerprints: set[str], features: str) -> list[dict
 
 def write_package_files(weights: Weights, to: Path) -> list[Path]:
     """Write the three files that the package holds of a tag."""
+    to.mkdir(parents=True, exist_ok=True)
     targets = {to / f"{weights.name}.safetensors": weights.encoder}
     targets[to / f"{weights.name}.decoder.safetensors"] = weights.decoder
     files = {}

@@ -280,15 +280,16 @@ def main(
     """
     if shards and images_per_shard:
         raise SystemExit("prepare.py: give --shards or --images-per-shard, not both")
-    if not (short_side >= 1 and 1 <= quality <= 95 and (shards or 1) >= 1 and (images_per_shard or 1) >= 1):
-        raise SystemExit("prepare.py: sizes and counts are at least 1, --quality at most 95")
+    counted = all(count is None or count >= 1 for count in (shards, images_per_shard))
+    if not (short_side >= 1 and 1 <= quality <= 95 and counted and workers >= 0):
+        raise SystemExit("prepare.py: sizes and counts are at least 1, --quality at most 95, --workers at least 0")
     check_places(src, dst)
     try:
         reader = open_reader(src, split=split, column=column)
-    except (ValueError, FileNotFoundError) as error:
+        count = shards or (math.ceil(len(reader) / images_per_shard) if images_per_shard else 0)
+        print(prepare(reader, dst, short_side, quality, shards=min(count, len(reader)), workers=workers))
+    except (ValueError, OSError) as error:
         raise SystemExit(f"prepare.py: {error}") from error
-    count = shards or (math.ceil(len(reader) / images_per_shard) if images_per_shard else 0)
-    print(prepare(reader, dst, short_side, quality, shards=min(count, len(reader)), workers=workers))
 
 
 def prepare(reader: Reader, dst: Path, short_side: int, quality: int, *, shards: int, workers: int) -> str:

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,20 +37,20 @@ from training.data.feed import batches, describe_data, num_images, preview
 from training.data.images import ImageSource
 from training.data.stream import ImageStream
 from training.draws import draw_ahead
-from training.evaluate.monitor import IMAGES_KEPT, KnnMonitor, check_held_out
+from training.evaluate.monitor import IMAGES_KEPT, KnnMonitor, check_held_out, describe_doubles
 from training.grids import FixedGrid
 from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.run.checkpoint import CheckpointError, load_checkpoint
 from training.run.clock import StepClock
 from training.run.engine import create_accelerator, require_same_step
-from training.run.folder import RunError, create_run_folder, find_checkpoint, versions
+from training.run.folder import RunError, create_run_folder, find_checkpoint, own_run_folder, versions
 from training.run.record import Intervals, RunRecord
 from training.run.schedule import check_steps, create_scheduler, phi_refresh_steps, steps_of
 from training.run.seeding import derive_seed
 from training.run.signals import EXIT_INTERRUPTED, Interrupted, StopRequest
 from training.step import training_step
-from training.team import Team, create_team
+from training.team import Team, create_team, load_initial
 from training.weights import save_run_weights
 
 
@@ -95,20 +96,23 @@ def pretrain(config: Config) -> None:
     checkpoint = find_checkpoint(out, description, resume=config.output.resume == "auto", defaults=defaults)
     measure = create_measure(config, source, team, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()  # nobody may find the folder that this very run creates
-    if accelerator.is_main_process:
-        create_run_folder(out, description)
-    accelerator.init_trackers(
-        "perceptual_mae_models", config={k: str(v) for k, v in dataclasses.asdict(recipe).items()}
-    )
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}
-    if checkpoint:
-        progress = load_checkpoint(checkpoint, team.modules(), team.optimizers())
-    require_same_step(accelerator, progress["step"])
-    progress = optimise(config, accelerator, source, team, total_steps, progress, measure)
-    if accelerator.is_main_process:
-        save_run_weights(out, team.exported, recipe, progress)
-        save_curves(out / "metrics.jsonl", out / "curves.png")
-    accelerator.end_training()
+    with own_run_folder(out) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            create_run_folder(out, description)
+        accelerator.init_trackers(
+            "perceptual_mae_models", config={k: str(v) for k, v in dataclasses.asdict(recipe).items()}
+        )
+        progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}
+        if checkpoint:
+            progress = load_checkpoint(checkpoint, team.modules(), team.optimizers())
+        elif recipe.init:
+            load_initial(team)
+        require_same_step(accelerator, progress["step"])
+        progress = optimise(config, accelerator, source, team, total_steps, progress, measure)
+        if accelerator.is_main_process:
+            save_run_weights(out, team.exported, recipe, progress)
+            save_curves(out / "metrics.jsonl", out / "curves.png")
+        accelerator.end_training()
 
 
 def optimise(
@@ -229,6 +233,8 @@ def create_measure(
     check_held_out(held_out, bank, source if isinstance(source, ImageSource) else None)
     if not main:
         return lambda: {}
+    if bank and (doubles := describe_doubles(held_out, bank)):
+        print(doubles, file=sys.stderr)
     for kept in (held_out, *([bank] if bank else [])):
         if len(kept) > IMAGES_KEPT:
             print(f"k-NN: {IMAGES_KEPT} of the {len(kept)} images of {kept.spec}, evenly spaced", file=sys.stderr)
@@ -281,9 +287,12 @@ def dry_run(config: Config) -> str:
         check_batch(config.recipe, config.runtime, estimate.devices)
     except ValueError as error:
         raise ValueError(f"{error}; --devices says how many processes are meant, --dry-run takes 8") from error
+    size = num_images(config.feed.open()) if config.feed else estimate.images
+    check_steps(config.recipe, config.recipe.num_steps(size), size)
     return describe(
         config.recipe,
-        num_images=num_images(config.feed.open()) if config.feed else estimate.images,
+        num_images=size,
+        grad_checkpointing=config.runtime.grad_checkpointing,
         per_device=config.recipe.batch_size // (estimate.devices * config.runtime.micro_batches),
         peak_tflops=estimate.peak_tflops,
         utilisation=estimate.assumed_utilisation,
@@ -317,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as interruption:
         print(f"pretrain.py: stopped by {interruption}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from interruption
-    except (RunError, CheckpointError, ValueError, FileNotFoundError, ImageError) as error:
+    except (RunError, CheckpointError, ValueError, OSError, ImageError) as error:
         raise SystemExit(f"pretrain.py: {error}") from error
 
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, init_mae_weights
 from perceptual_mae_models.features import check_model_name
+from perceptual_mae_models.weights import CheckpointError, WeightsUnavailableError
 from training.ada import AdaController, augment
 from training.draws import Draws
 from training.losses.adversarial import ADVERSARIAL_LOSSES
@@ -199,7 +201,9 @@ def create_encoder(recipe: Recipe) -> nn.Module:
     """
     check_model_name(recipe.model)
     known = timm.list_models(module="vision_transformer_pmae")
-    if recipe.model.partition(".")[0] not in known:
+    if (architecture := recipe.model.partition(".")[0]) in known and architecture != recipe.model:
+        raise ValueError(f"--model is an architecture: give --model {architecture} --init {recipe.model}")
+    if recipe.model not in known:
         raise ValueError(f"--model {recipe.model} is none that can be pretrained here: choose {', '.join(known)}")
     return timm.create_model(recipe.model, pretrained=False, num_classes=0)
 
@@ -225,6 +229,29 @@ def create_team(recipe: Recipe, device: torch.device, *, encoder: nn.Module | No
     if isinstance(recipe, AdversarialRecipe):
         team.adversary = _create_adversary(recipe, team.network, device)
     return team
+
+
+def load_initial(team: Team) -> None:
+    """Give a new team's encoder the weights that its recipe names.
+
+    Raises:
+        ValueError: If they are no file and no tag of the recipe's model, cannot be had, or do not fit.
+    """
+    recipe = team.recipe
+    assert recipe.init is not None
+    name, overlay = recipe.init, None
+    if Path(recipe.init).is_file():
+        name, overlay = recipe.model, {"file": recipe.init}
+    elif recipe.init.partition(".")[0] != recipe.model:
+        raise ValueError(f"--init {recipe.init} is neither a file nor a tag of --model {recipe.model}")
+    check_model_name(name)
+    try:
+        found = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except (CheckpointError, WeightsUnavailableError) as error:
+        raise ValueError(f"--init {recipe.init}: {error}") from error
+    team.network.encoder.load_state_dict(found.state_dict())
+    if team.ema:
+        team.exported.load_state_dict(team.network.state_dict())
 
 
 def _create_autoencoder(recipe: Recipe, encoder: nn.Module, device: torch.device) -> Player:

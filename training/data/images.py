@@ -127,6 +127,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         return open_image(Image.open(io.BytesIO(data)))
     except ImageError as error:
         raise ImageError(name, error.reason) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(name, str(error)) from error
     except Exception as error:  # on hostile bytes Pillow's parsers fail with whatever they stumble over
         raise ImageError(name, "not an image" if data else "empty") from error
 
@@ -137,7 +139,7 @@ class Batch(NamedTuple):
     images: Tensor
     """(N, 3, H, W) uint8."""
     broken: list[str]
-    """Names of images that did not decode; the next one that does stands in for each."""
+    """Images that did not decode, each with the reason; the next one that does stands in for each."""
 
 
 class RandomView:
@@ -192,8 +194,8 @@ class RandomViews(Dataset[tuple[Tensor, list[str]]]):
             try:
                 image = self.source.load(index)
                 break
-            except ImageError:
-                broken.append(self.source.name(index))
+            except ImageError as error:
+                broken.append(str(error))
         else:
             raise ImageError(self.source.spec, f"none of its {len(self.source)} images decodes")
         # those behind the first are named when their own turn comes

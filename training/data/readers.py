@@ -10,6 +10,7 @@
 | `hf:…` | a Hugging Face data set, see `training/data/hub.py` |
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +21,7 @@ from timm.utils.misc import natural_key
 from perceptual_mae_models.images import IMAGE_SUFFIXES
 from training.data.hub import HubReader
 from training.data.idx import IdxReader, is_idx
-from training.data.tars import CompressedTarReader, TarReader, expand_braces
+from training.data.tars import CompressedTarReader, TarReader, expand_braces, is_shown
 
 HUB_PREFIX = "hf:"
 
@@ -46,38 +47,52 @@ class Reader(Protocol):
 
 
 class FolderReader:
-    """The image files below a folder in natural order; links to folders are followed.
+    """The image files below a folder in natural order; nothing hidden; links to folders are followed.
 
     Args:
         root: The folder.
 
     Raises:
         FileNotFoundError: If there is no image in it.
+        ValueError: If a link leads back to a folder above it.
     """
 
     def __init__(self, root: Path) -> None:
-        found, class_numbers = find_images_and_targets(str(root), types=set(IMAGE_SUFFIXES), sort=False)
-        # macOS puts a hidden ._NAME with the same ending beside a file
-        found = [item for item in found if not Path(item[0]).name.startswith(".")]
-        if not found:
-            raise FileNotFoundError(f"{root}: no image found")
+        refuse_loops(root)
+        found, _ = find_images_and_targets(str(root), types=set(IMAGE_SUFFIXES), sort=False)
+        names = [path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/") for path, _ in found]
         # the name itself decides between names that differ by case only, which the natural key takes for equal
-        found = sorted(found, key=lambda item: (natural_key(item[0]), item[0]))
+        self.names = sorted(filter(is_shown, names), key=lambda name: (natural_key(name), name))
+        if not self.names:
+            raise FileNotFoundError(f"{root}: no image found")
         self.root = root
-        self.paths = [path for path, _ in found]
-        self.labels: list[int] = [label for _, label in found]
-        self.classes: list[str] = list(class_numbers)
+        folders = [name.rpartition("/")[0].rpartition("/")[2] for name in self.names]
+        self.classes: list[str] = sorted(set(folders), key=natural_key)
+        numbers = {folder: number for number, folder in enumerate(self.classes)}
+        self.labels: list[int] = [numbers[folder] for folder in folders]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def name(self, index: int) -> str:
         """Path below the folder."""
-        return Path(self.paths[index]).relative_to(self.root).as_posix()
+        return self.names[index]
 
     def read(self, index: int) -> bytes:
         """The file."""
-        return Path(self.paths[index]).read_bytes()
+        return (self.root / self.names[index]).read_bytes()
+
+
+def refuse_loops(root: Path) -> None:
+    """Refuse links to a folder above them, which would be followed for ever.
+
+    Raises:
+        ValueError: If there is one; names it.
+    """
+    for folder, subfolders, _ in os.walk(root, followlinks=True):
+        for link in (Path(folder, name) for name in subfolders):
+            if link.is_symlink() and link.resolve() in (here := Path(folder).resolve(), *here.parents):
+                raise ValueError(f"{link} leads back to a folder that it lies in: take the link away")
 
 
 class PartReader:

@@ -86,7 +86,7 @@ def stand_ins(examples: Iterable[Example]) -> Iterator[tuple[Image.Image, list[s
     Places and examples stay in step, so that skipping examples does not require to know which of them are broken.
 
     Yields:
-        For every example the image, and the example's name in a list if it is broken.
+        For every example the image, and in a list what is wrong with the example, by its name, if it is broken.
 
     Raises:
         ImageError: If very many in a row are broken.
@@ -96,7 +96,7 @@ def stand_ins(examples: Iterable[Example]) -> Iterator[tuple[Image.Image, list[s
         try:
             image = decode(data, name)
         except ImageError as error:
-            broken.append(name)
+            broken.append(str(error))
             if len(broken) == MAX_BROKEN_RUN:
                 raise ImageError(name, f"as the {len(broken) - 1} images before it: {error.reason}") from error
             continue

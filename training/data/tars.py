@@ -222,9 +222,13 @@ class CompressedTarReader(TarReader):
         super().__init__([copy])
 
 
+def is_shown(name: str) -> bool:
+    """Whether no part of a path is hidden, as macOS's ._NAME beside a file is, or a folder .ipynb_checkpoints."""
+    return not any(part.startswith(".") for part in name.removeprefix("./").split("/"))
+
+
 def _is_image(name: str) -> bool:
-    base = name.rpartition("/")[2]  # macOS puts a hidden ._NAME with the same ending beside a file
-    return not base.startswith(".") and f".{base.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+    return is_shown(name) and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
 def _sample_key(name: str) -> str:

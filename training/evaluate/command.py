@@ -257,9 +257,20 @@ def short_name(spec: str) -> str:
     return "/".join(path.parts[-2:]) if path.name.partition(".")[0] in ("train", "val", "test") else path.name
 
 
+SETTINGS_OF = {
+    "knn": ("k",),
+    "linear": ("epochs", "hold_back"),
+    "shift": ("epochs", "hold_back"),
+    "few_shot": ("shots", "draws"),
+}
+"""Which of the common settings a protocol heeds, besides the seed."""
+
+
 def describe_settings(options: Options) -> dict[str, Any]:
     """The settings of the protocols that run."""
-    described = {**dataclasses.asdict(options.settings), "dtype": options.dtype, "groups": options.groups}
+    used = {"seed", *(name for protocol in options.protocols for name in SETTINGS_OF.get(protocol, ()))}
+    described = {key: value for key, value in dataclasses.asdict(options.settings).items() if key in used}
+    described |= {"dtype": options.dtype, "groups": options.groups}
     for protocol in ("finetune", "shift", "reconstruction", "segmentation", "detection"):
         if protocol in options.protocols:
             chosen = dataclasses.asdict(getattr(options, protocol))

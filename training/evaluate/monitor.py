@@ -16,6 +16,7 @@ from training.data.images import ImageSource, spread
 from training.data.readers import FolderReader
 from training.evaluate.features import fingerprint_data, load_views
 from training.evaluate.knn import knn_predict
+from training.evaluate.split import find_duplicates
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -55,6 +56,18 @@ def check_held_out(held_out: ImageSource, bank: ImageSource | None, seen: ImageS
     for flag, other in (("--data", seen), ("--knn-bank", bank)):
         if other is not None and _overlap(held_out, other):
             raise ValueError(f"--knn-data {held_out.spec} holds images of {flag} {other.spec}: hold others out")
+
+
+def describe_doubles(held_out: ImageSource, bank: ImageSource) -> str:
+    """What to say of held-out images that are in the bank as well, byte for byte; "" if none is."""
+    doubles = find_duplicates(bank, held_out)
+    if doubles.first is None:
+        return ""
+    first, second = doubles.first
+    return (
+        f"k-NN: {doubles.images} of {doubles.compared[0]} images of {held_out.spec} are, byte for byte, in {bank.spec}"
+        f" too (the first: {first}, which is {second} there), and find themselves"
+    )
 
 
 def _overlap(a: ImageSource, b: ImageSource) -> bool:

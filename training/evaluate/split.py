@@ -51,7 +51,8 @@ def check_pair(train: Features, test: Features) -> None:
     """
     if train.classes != test.classes:
         only = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train))]
-        raise ValueError(f"the classes differ: only in --train {only[0][:5]}, only in --test {only[1][:5]}")
+        first, second = (", ".join(name or "images outside any class's folder" for name in names[:5]) for names in only)
+        raise ValueError(f"the classes differ: only in --train: {first or 'none'}; only in --test: {second or 'none'}")
     if len(train.classes) < 2:
         raise ValueError(f"--train has one class, {train.classes[0] or 'no folders'}: put each class into a folder")
     if min(train.labels.min(), test.labels.min()) < 0:

@@ -1,12 +1,15 @@
 """The model card of a tag: Markdown with the Hub's metadata, made of the run's own JSON and timm's facts."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import PretrainedCfg
 
 from perceptual_mae_models.hub import HUB_ORGANISATION
+from training.recipes import METHODS as RECIPES
 
 METHODS = {
     "mae": "a masked autoencoder: it hides patches of an image and learns to rebuild them by squared error",
@@ -35,6 +38,8 @@ LABELS = {
     "few_shot": "logistic regression on {amount}, accuracy",
     "finetune": "fine-tuned, accuracy",
 }
+KINDS = ("reconstruction", "loss_on", "norm_pix_loss", "adversarial_loss", "phi", "ada_target", "paste_visible")
+"""Fields of a recipe that decide which terms there are."""
 CITATIONS = """```bibtex
 @inproceedings{tukra2023improving,
   title     = {Improving Visual Representation Learning through Perceptual Understanding},
@@ -67,8 +72,10 @@ def write_card(cfg: PretrainedCfg, config: Mapping[str, Any], provenance: Mappin
     name = f"{cfg.architecture}.{cfg.tag}"
     method, _, data = str(cfg.tag).rpartition("_")
     title, dataset = DATASETS[data][:2] if data in DATASETS else (None, None)
+    learned = METHODS.get(method, "")
     if provenance:
         method = provenance["recipe"]["method"]
+        learned = describe_method(provenance["recipe"])
         if own := provenance["data"].get("title"):
             title, dataset = own, None
     size = f"{cfg.input_size[1]} x {cfg.input_size[2]}"
@@ -85,7 +92,7 @@ def write_card(cfg: PretrainedCfg, config: Mapping[str, Any], provenance: Mappin
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {name}\n",
         f"A ViT encoder ({config['num_features']} features, {size} images) pretrained without labels on {title} as"
-        f" {METHODS[method]}. It gives image features and a backbone; it has no class head.\n",
+        f" {learned}. It gives image features and a backbone; it has no class head.\n",
     ]
     if provenance is None:
         parts.append(
@@ -96,6 +103,17 @@ def write_card(cfg: PretrainedCfg, config: Mapping[str, Any], provenance: Mappin
     parts += [*describe_use(cfg, config), *describe_training(provenance), *describe_results(provenance)]
     parts += [*describe_limits(cfg, provenance), "## Citation\n", CITATIONS]
     return "\n".join(parts)
+
+
+def describe_method(recipe: Mapping[str, Any]) -> str:
+    """What a run's encoder learned by; where the run changed its method's terms, no more than that."""
+    method = recipe["method"]
+    usual = dataclasses.asdict(RECIPES[method](recipe["model"]))
+    same = all(recipe.get(key, usual.get(key)) == usual.get(key) for key in KINDS)
+    same &= all(bool(recipe.get(key)) == bool(usual.get(key)) for key in ("feature_weight", "adversarial_weight"))
+    if same and method in METHODS:
+        return METHODS[method]
+    return f"a masked autoencoder, trained by a variant of the method `{method}`: `recipe.json` says which"
 
 
 def describe_use(cfg: PretrainedCfg, config: Mapping[str, Any]) -> Iterator[str]:
@@ -152,11 +170,17 @@ def describe_training(provenance: Mapping[str, Any] | None) -> Iterator[str]:
     yield "## Training\n"
     amount = "a stream of images" if data["images"] is None else f"{data['images']:,} images"
     yield f"- Data: {amount}, {data['terms']}."
+    images = data["images"]
+    length = f"{recipe['epochs']:g} epochs" if recipe.get("steps") is None else f"{recipe['steps']:,} steps"
+    if recipe.get("steps") is not None and images:
+        length += f" ({recipe['steps'] * recipe['batch_size'] / images:.3g} times all images)"
     yield (
-        f"- Recipe: `{recipe['method']}`, {recipe['epochs']:g} epochs, batch {recipe['batch_size']}, base learning rate"
+        f"- Recipe: `{recipe['method']}`, {length}, batch {recipe['batch_size']}, base learning rate"
         f" {recipe['blr']:g} per 256 images, mask ratio {recipe['mask_ratio']:g}, seed {recipe['seed']}; all of it in"
         " `recipe.json`."
     )
+    if recipe.get("init"):
+        yield f"- The encoder began with the weights of `{Path(recipe['init']).name}`, whose terms go with these."
     yield f"- Cost: {cost['steps']:,} steps in {hours:.1f} hours on {cost['hardware']}."
     versions = ", ".join(f"{key} {value}" for key, value in provenance["versions"].items())
     yield f"- Software: {versions}.\n"
@@ -175,7 +199,9 @@ def describe_results(provenance: Mapping[str, Any] | None) -> Iterator[str]:
     for row in provenance["results"]:
         value = row["value"]
         label = describe_protocol(row)
-        interval = f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+        interval = f"{100 * value['mean']:.1f}"
+        if value["low"] < value["high"]:  # none where all draws are the same images
+            interval += f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
         yield f"| {row['images']} | {label}, {row['features'] or 'whole model'} | {interval} |"
     yield ""
     if note := provenance.get("note"):
@@ -191,7 +217,9 @@ def describe_limits(cfg: PretrainedCfg, provenance: Mapping[str, Any] | None) ->
             f"- Pretrained on {images:,} images: a small encoder for demonstrations, tests and"
             " comparisons. Encoders that saw millions of images give much better features."
         )
-    yield "- Features carry the biases of the photographs they were learned from. Nothing was filtered or balanced."
+    own = provenance and provenance["data"].get("title")  # images of which nobody here knows that
+    known = "" if own else " Nothing was filtered or balanced."
+    yield f"- Features carry the biases of the images they were learned from.{known}"
     yield "- No class head: train one, or compare features."
     yield f"- Weights: {cfg.license}. Terms of the training images are those of their owners.\n"
 

@@ -24,9 +24,11 @@ def list_accuracies(
     Raises:
         ValueError: If there are none.
     """
-    models = [name for name, facts in evaluation["models"].items() if facts.get("weights") in fingerprints]
+    models = [name for name, facts in evaluation.get("models", {}).items() if facts.get("weights") in fingerprints]
     if not models:
-        raise ValueError(f"{images}: no figures of these weights, but of {', '.join(evaluation['models'])}")
+        raise ValueError(
+            f"{images}: no figures of these weights, but of {', '.join(evaluation.get('models', {})) or 'none'}"
+        )
     rows = [
         {
             "images": f"{images} ({evaluation['data']['test']['images']:,} test images)",

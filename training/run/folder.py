@@ -2,7 +2,9 @@
 
 import json
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,19 +34,47 @@ def find_checkpoint(
     Raises:
         RunError: If the folder holds a run and `resume` is not set, or a run of another recipe or other data.
     """
-    path = out / "recipe.json"
-    if not path.exists():
+    if not has_begun(out):
         return None
     if not resume:
         raise RunError(f"{out} already holds a run: pass --resume auto to go on with it, or another --out")
-    old, new = json.loads(path.read_text()), json.loads(json.dumps(description))
+    old, new = json.loads((out / "recipe.json").read_text()), json.loads(json.dumps(description))
     old["recipe"] = json.loads(json.dumps(dict(defaults or {}))) | old["recipe"]
     _require_same(old, new, out)
     return newest_checkpoint(out / "checkpoints")
 
 
+def has_begun(out: Path) -> bool:
+    """Whether a folder holds a run that has come so far that it is worth something."""
+    some = (out / "metrics.jsonl").exists() or any((out / "checkpoints").glob("step_*"))
+    return some and (out / "recipe.json").exists()
+
+
+@contextmanager
+def own_run_folder(out: Path) -> Iterator[None]:
+    """Keep other processes of this machine from running in a folder.
+
+    Raises:
+        RunError: If one does.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{out} belongs to a run that is going on: wait for it, or give another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def create_run_folder(out: Path, description: dict[str, Any]) -> None:
-    """Create a run folder, or leave an existing one as it is.
+    """Create a run folder, or leave one in which a run has begun as it is.
 
     Args:
         out: The run folder.
@@ -53,7 +83,7 @@ def create_run_folder(out: Path, description: dict[str, Any]) -> None:
     """
     for folder in ("checkpoints", "grids"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    if not (out / "recipe.json").exists():
+    if not has_begun(out):
         partial = out / ".partial_recipe.json"
         partial.write_text(json.dumps(description, indent=2) + "\n")
         partial.replace(out / "recipe.json")

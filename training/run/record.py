@@ -102,7 +102,7 @@ class RunRecord:
         Args:
             scalars: Detached scalars of this process, averaged into the next log line.
             lr: The step's learning rate.
-            broken: Names of images that did not decode.
+            broken: Images that did not decode, each with the reason.
 
         Raises:
             RunError: If a loss or gradient is not finite, or too many images are broken.
@@ -110,8 +110,8 @@ class RunRecord:
         self.step += 1
         self.means.add(scalars)
         self.newly_broken += len(broken)
-        for name in broken:
-            self.log.note(f"skipped an image that does not decode: {name}")
+        for image in broken:
+            self.log.note(f"skipped an image that does not decode: {image}")
         self.log.advance()
         last = self.step == self.total_steps
         checkpoint = last or _due(self.step, self.intervals.checkpoint)

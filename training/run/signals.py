@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT ask a run to stop after the step it is in; a Ctrl-C after that ends it at once."""
 
 import multiprocessing
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal = 0
+        self.speaks = accelerator.is_main_process
         several = accelerator.num_processes > 1
         self.group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
@@ -42,7 +44,8 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if kind is KeyboardInterrupt:  # a loader process may hang in a read, and would be waited for
+        # Loader processes leave SIGTERM to this one, which would wait for them after an error without end.
+        if kind is not None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise because they die
             for child in multiprocessing.active_children():
                 child.kill()
@@ -50,6 +53,10 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+        if self.speaks:
+            name = signal.Signals(number).name
+            # not print, which the signal may have come into the middle of
+            os.write(2, f"\n{name}: stopping after this step, with a checkpoint; Ctrl-C ends at once\n".encode())
 
     def agreed(self) -> str | None:
         """Name of the signal if any process received one before now; every process gets the same answer."""
