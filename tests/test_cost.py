@@ -1,5 +1,6 @@
 """What a recipe costs: counted figures against closed forms, and the dry run that prints them."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def test_a_dry_run_heeds_what_the_run_would(capsys: pytest.CaptureFixture[str]) 
 
     assert memory(told("--grad-checkpointing")) < 0.5 * memory(told())
     assert "second pass" in told("--grad-checkpointing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert memory(told("--ema-decay", "0.9")) == memory(told())
     assert 0 < float(told().split("device hours")[1].split()[0]) < 0.01
     with pytest.raises(SystemExit, match=r"--warmup 0\.9: none of the 3 steps"):
         told("--steps", "3", "--warmup", "0.9")

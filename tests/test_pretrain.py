@@ -437,12 +437,14 @@ def test_a_second_interrupt_ends_a_run_whose_loader_hangs(photos: Path, tmp_path
     assert process.wait(timeout=30) != 0
 
 
-def test_a_run_on_another_column_is_another_run(photos: Path) -> None:
+def test_a_run_on_another_column_is_another_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, name = ImageSource(photos), str(photos)
     described = describe_data(Feed(name), source, 1)
     assert described == {"name": photos.name, "images": 24}, "as older runs say"
     other = describe_data(Feed(name, "test", "left"), source, 1)
     assert other == {**described, "split": "test", "column": "left"}
+    monkeypatch.chdir(photos)
+    assert describe_data(Feed("."), ImageSource("."), 1) == described
 
 
 # --- held-out images -------------------------------------------------------------------------------------------------

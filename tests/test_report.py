@@ -385,6 +385,12 @@ def test_the_same_results_give_the_same_bytes(page: Page, tmp_path: Path) -> Non
     assert len(page.source) < 1_000_000
 
 
+def test_names_that_are_no_utf8_stop_no_page(tmp_path: Path) -> None:
+    found = content(frozen("a", 0.3), duplicates={"images": 1, "first": ["caf\udce9.jpg", "x.jpg"], "compared": [9, 9]})
+    write_report([(tmp_path / "results.json", found)], tmp_path / "page.html")
+    assert "caf?.jpg" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_plots_of_what_is_there(page: Page, tmp_path: Path) -> None:
     for heading in ("labels", "images a class", "severity"):
         assert page.text.count(f"Accuracy against {heading}") == 1

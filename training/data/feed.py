@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -53,7 +53,10 @@ def num_images(source: ImageSource | ImageStream) -> int | None:
 
 def describe_data(feed: Feed, source: ImageSource | ImageStream, num_processes: int) -> dict[str, Any]:
     """What must stay the same when a run is resumed; a stream's order depends on the number of processes too."""
-    described = {"name": PurePath(source.spec).name, "images": num_images(source)}
+    name = PurePath(source.spec).name
+    if name in ("", ".."):
+        name = Path(source.spec).resolve().name
+    described = {"name": name, "images": num_images(source)}
     # left out where they are the defaults, as by older runs
     described |= {"split": feed.split} if feed.split != Feed.split else {}
     described |= {"column": feed.column} if feed.column else {}

@@ -232,7 +232,7 @@ def write_report(found: Sequence[tuple[Path, Any]], out: Path) -> None:
         swatches={name: draw_swatch(model.number) for name, model in models.items()},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    out.write_text(page, encoding="utf-8", errors="replace")  # names of files may have what UTF-8 has not
 
 
 def number_names(svg: str, number: int) -> str:
