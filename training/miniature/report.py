@@ -263,8 +263,8 @@ def describe_remedies(found: Results) -> Iterator[str]:
         )
 
 
-def describe_study(found: Results) -> str:
-    """`RESULTS.md`.
+def describe_study(found: Results, findings: str = "") -> str:
+    """`RESULTS.md`; `findings` is the chapter that somebody wrote.
 
     Raises:
         ValueError: If results do not belong together.
@@ -286,6 +286,7 @@ def describe_study(found: Results) -> str:
             else ""
         )
         + "\n",
+        *([findings] if findings else []),
         *(line for part in parts for line in describe_part(found, part)),
         *describe_tuning(found),
         *describe_remedies(found),

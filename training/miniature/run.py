@@ -27,6 +27,8 @@ from training.miniature.study import Cell
 from training.report.page import write_report as write_page
 
 HERE = Path(__file__).parent
+FINDINGS = "findings.md"
+"""What the figures say, by hand; beside results/."""
 FRONT_PAGE = HERE.parents[1] / "README.md"
 FRONT_TABLE = re.compile(r"(?<=<!-- study -->\n).*?(?=<!-- /study -->)", re.DOTALL)
 
@@ -58,11 +60,12 @@ def next_cell(found: Results, only: str) -> Cell | None:
 
 
 def write_report(found: Results, folder: Path) -> Path:
-    """Write `RESULTS.md` and its picture into a folder; returns the former."""
+    """Write `RESULTS.md` and its picture into a folder, where somebody's findings may lie; returns the former."""
     if any(result.get("curve") for result in found.values()):
         draw_curves(found, folder / CURVES)
-    path = folder / "RESULTS.md"
-    path.write_text(describe_study(found), encoding="utf-8")
+    path, findings = folder / "RESULTS.md", folder / FINDINGS
+    said = findings.read_text(encoding="utf-8") if findings.exists() else ""
+    path.write_text(describe_study(found, said), encoding="utf-8")
     return path
 
 
