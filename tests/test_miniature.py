@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -37,6 +38,7 @@ from training.miniature.cells import (
 from training.miniature.choice import choose, find_default, find_sixth, fit_epochs, plan
 from training.miniature.report import describe_study
 from training.miniature.run import (
+    FINDINGS,
     FRONT_PAGE,
     FRONT_TABLE,
     list_cells,
@@ -427,7 +429,9 @@ def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -> None:
     study = Path(__file__).parents[1] / "training" / "miniature"
+    shutil.copy(study / FINDINGS, tmp_path)
     write_report(read_cells(study / "results"), tmp_path)
+    assert (tmp_path / FINDINGS).read_text() in (tmp_path / "RESULTS.md").read_text()
     assert (study / "RESULTS.md").read_text() == (tmp_path / "RESULTS.md").read_text()
     page = tmp_path / "README.md"
     page.write_text(FRONT_TABLE.sub("", FRONT_PAGE.read_text()))
