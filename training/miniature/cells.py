@@ -3,7 +3,6 @@
 The commands are those that anybody types. Each goes on where it was stopped, and so does a cell.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -258,7 +257,6 @@ def describe_run(folder: Path) -> dict[str, Any]:
             if "knn" in line
         ],
         "final_metrics": lines[-1],
-        "encoder_sha256": hashlib.sha256((folder / "encoder.safetensors").read_bytes()).hexdigest(),
     }
 
 
