@@ -21,6 +21,7 @@ from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.classifiers import Classifiers, linear_classifiers
 from training.evaluate.detection import run_detection
+from training.evaluate.duplicates import find_duplicates
 from training.evaluate.features import (
     Features,
     extract,
@@ -38,7 +39,6 @@ from training.evaluate.rows import Row
 from training.evaluate.segmentation import run_segmentation
 from training.evaluate.shift import run_shift
 from training.evaluate.sources import Dense, check_before, label, open_dense, open_sources
-from training.evaluate.split import find_duplicates
 from training.report.page import write_report
 from training.report.results import read_results
 from training.report.tables import find_metric

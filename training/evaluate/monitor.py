@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 from perceptual_mae_models.features import FeatureExtractor
 from training.data.images import ImageSource, spread
 from training.data.readers import FolderReader
+from training.evaluate.duplicates import find_duplicates
 from training.evaluate.features import fingerprint_data, load_views
 from training.evaluate.knn import knn_predict
-from training.evaluate.split import find_duplicates
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
