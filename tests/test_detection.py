@@ -35,10 +35,10 @@ from training.evaluate.detection import (
     predict,
     run_detection,
 )
+from training.evaluate.duplicates import find_duplicates
 from training.evaluate.features import fingerprint_weights
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
-from training.evaluate.split import find_duplicates
 from training.evaluate.trainer import Engine
 from training.networks.pyramid import Canvas, DetectorShape, PyramidBackbone, build_detector
 

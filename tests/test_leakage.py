@@ -18,11 +18,12 @@ from training.evaluate import features as module
 from training.evaluate import few_shot as few_shot_module
 from training.evaluate import linear
 from training.evaluate.command import evaluate
+from training.evaluate.duplicates import find_duplicates
 from training.evaluate.features import Features, fingerprint_data, scan_data
 from training.evaluate.linear import linear_probe
 from training.evaluate.options import Options
 from training.evaluate.protocols import ON_FEATURES, Settings
-from training.evaluate.split import check_pair, find_duplicates, hold_back
+from training.evaluate.split import check_pair, hold_back
 
 SETTINGS = Settings(k=(1, 5), epochs=3, shots=("2", "20%"), draws=3)
 

@@ -16,9 +16,9 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from tyro.conf import Suppress
 
+from training.evaluate.duplicates import Duplicates
 from training.evaluate.encoders import encoder_groups, is_random
 from training.evaluate.rows import Place
-from training.evaluate.split import Duplicates
 from training.evaluate.trainer import Schedule, Task, fit, run_name
 
 Mode = Literal["frozen", "fine_tuned"]
