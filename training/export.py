@@ -98,10 +98,8 @@ def main(
             # as they are, rounded, and as the run wrote them
             known = {fingerprint_of(weights.encoder, weights.name), weights.provenance.get("weights", "")}
             weights.provenance["results"] = [row for file in results for row in read_results(file, known, features)]
-        if layout == "package":
-            written = write_package_files(weights, to)
-        else:
-            written = write_repository(cfg, weights, to / weights.name)
+        as_package = layout == "package"
+        written = write_package_files(weights, to) if as_package else write_repository(cfg, weights, to / weights.name)
     except (OSError, ValueError) as error:
         raise SystemExit(f"export.py: {error}") from error
     print("\n".join(f"wrote {path}" for path in written))

@@ -11,17 +11,16 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 
 from perceptual_mae_models.images import IMAGE_SUFFIXES
 from training.data.hub import HubReader
 from training.data.idx import IdxReader, is_idx
-from training.data.tars import CompressedTarReader, TarReader, expand_braces, is_shown
+from training.data.tars import CompressedTarReader, TarReader, expand_braces, is_image, is_shown, number_classes
 
 HUB_PREFIX = "hf:"
 
@@ -58,18 +57,12 @@ class FolderReader:
     """
 
     def __init__(self, root: Path) -> None:
-        refuse_loops(root)
-        found, _ = find_images_and_targets(str(root), types=set(IMAGE_SUFFIXES), sort=False)
-        names = [path.removeprefix(str(root)).replace(os.sep, "/").lstrip("/") for path, _ in found]
         # the name itself decides between names that differ by case only, which the natural key takes for equal
-        self.names = sorted(filter(is_shown, names), key=lambda name: (natural_key(name), name))
+        self.names = sorted(_walk(root), key=lambda name: (natural_key(name), name))
         if not self.names:
             raise FileNotFoundError(f"{root}: no image found")
         self.root = root
-        folders = [name.rpartition("/")[0].rpartition("/")[2] for name in self.names]
-        self.classes: list[str] = sorted(set(folders), key=natural_key)
-        numbers = {folder: number for number, folder in enumerate(self.classes)}
-        self.labels: list[int] = [numbers[folder] for folder in folders]
+        self.classes, self.labels = number_classes([name.rpartition("/")[0].rpartition("/")[2] for name in self.names])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,16 +76,15 @@ class FolderReader:
         return (self.root / self.names[index]).read_bytes()
 
 
-def refuse_loops(root: Path) -> None:
-    """Refuse links to a folder above them, which would be followed for ever.
-
-    Raises:
-        ValueError: If there is one; names it.
-    """
-    for folder, subfolders, _ in os.walk(root, followlinks=True):
+def _walk(root: Path) -> Iterator[str]:
+    """Paths below a folder of its images. A link to a folder above it would be followed for ever, and is refused."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
         for link in (Path(folder, name) for name in subfolders):
             if link.is_symlink() and link.resolve() in (here := Path(folder).resolve(), *here.parents):
                 raise ValueError(f"{link} leads back to a folder that it lies in: take the link away")
+        subfolders[:] = filter(is_shown, subfolders)
+        below = os.path.relpath(folder, root).replace(os.sep, "/")
+        yield from (file if below == "." else f"{below}/{file}" for file in files if is_image(file))
 
 
 class PartReader:

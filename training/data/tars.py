@@ -140,7 +140,7 @@ class TarReader:
         places = []
         for number, tar in enumerate(tars):
             members = read_index(tar)
-            images = [member for member in members if _is_image(member.name)]
+            images = [member for member in members if is_image(member.name)]
             images.sort(key=lambda member: (natural_key(member.name), member.name))
             self.names += [self._qualified(number, member.name) for member in images]
             places += [(number, member.offset, member.size) for member in images]
@@ -167,7 +167,7 @@ class TarReader:
         """Names of the folders inside the tars, or the numbers in the .cls members."""
         if self._label_files:
             return [str(number) for number in range(max(self.labels) + 1)]
-        return sorted({self._folder(name) for name in self.names}, key=natural_key)
+        return number_classes([self._folder(name) for name in self.names])[0]
 
     @property
     def labels(self) -> list[int]:
@@ -177,8 +177,7 @@ class TarReader:
             ValueError: If an image has no .cls member while others do.
         """
         if not self._label_files:
-            numbers = {name: number for number, name in enumerate(self.classes)}
-            return [numbers[self._folder(name)] for name in self.names]
+            return number_classes([self._folder(name) for name in self.names])[1]
         try:
             return [int(self._read(*self._label_files[_sample_key(name)])) for name in self.names]
         except KeyError as error:
@@ -222,12 +221,20 @@ class CompressedTarReader(TarReader):
         super().__init__([copy])
 
 
+def number_classes(folders: list[str]) -> tuple[list[str], list[int]]:
+    """Names of the classes in natural order, and the label of each image, whose folder's name is its class."""
+    classes = sorted(set(folders), key=natural_key)
+    numbers = {folder: number for number, folder in enumerate(classes)}
+    return classes, [numbers[folder] for folder in folders]
+
+
 def is_shown(name: str) -> bool:
     """Whether no part of a path is hidden, as macOS's ._NAME beside a file is, or a folder .ipynb_checkpoints."""
     return not any(part.startswith(".") for part in name.removeprefix("./").split("/"))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a path is that of an image, by its ending, and nothing in it is hidden."""
     return is_shown(name) and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 

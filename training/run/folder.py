@@ -2,12 +2,13 @@
 
 import json
 import platform
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from perceptual_mae_models.version import __version__
 from training.run.checkpoint import newest_checkpoint
@@ -57,20 +58,16 @@ def own_run_folder(out: Path) -> Iterator[None]:
     Raises:
         RunError: If one does.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{out} belongs to a run that is going on: wait for it, or give another --out") from None
-        except OSError:  # a file system without locks
-            pass
+    lock = FileLock(out / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{out} belongs to a run that is going on: wait for it, or give another --out") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def create_run_folder(out: Path, description: dict[str, Any]) -> None:
