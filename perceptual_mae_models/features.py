@@ -9,7 +9,6 @@ for batch in extractor.stream(find_images(["photos"])):      # any number of ima
 ...
 """
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data.config import resolve_model_data_config
@@ -25,7 +23,9 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
+from perceptual_mae_models.building import UnknownModelError as UnknownModelError
+from perceptual_mae_models.building import build, name_origin
+from perceptual_mae_models.building import check_model_name as check_model_name
 from perceptual_mae_models.images import ImageError, ImageInput
 from perceptual_mae_models.loading import Batches, Loaded, Transform, load_here, read_opened
 from perceptual_mae_models.version import __version__
@@ -36,10 +36,6 @@ Precision = Literal["float32", "bfloat16", "float16"]
 POOLS: tuple[Pool, ...] = ("avg", "cls", "cls+avg", "tokens", "map")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "vit_pico_patch8_pmae"
-
-
-class UnknownModelError(ValueError):
-    """No such model, or no such tag of it; the message names the nearest ones."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class FeatureExtractor:
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype is one of {', '.join(PRECISIONS)}, not {dtype!r}")
         # Any: what timm adds to nn.Module (pretrained_cfg, forward_features, ...) has no type.
-        self.model: Any = _build(model, checkpoint, pretrained)
+        self.model: Any = build(model, checkpoint, pretrained)
         architecture = str(self.model.pretrained_cfg.get("architecture") or type(self.model).__name__)
         _check_pool(pool, self.model, architecture)
         if device is None:
@@ -136,7 +132,7 @@ class FeatureExtractor:
             data_config["input_size"] = (3, *built_for)
         self.input_size: tuple[int, int] = tuple(data_config["input_size"][1:])
         self.transform: Transform = create_transform(**data_config)
-        weights = _origin(model, checkpoint, pretrained)
+        weights = name_origin(model, checkpoint, pretrained)
         self.metadata = {
             "model": architecture,
             "tag": str(self.model.pretrained_cfg.get("tag") or "") if weights == "pretrained" else "",
@@ -274,60 +270,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_model_name(name: str) -> None:
-    """Raises `UnknownModelError` unless timm has this model and tag; ids such as `hf-hub:…` are not looked at."""
-    if ":" in name:
-        return
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
-        advice = f"the nearest names are {', '.join(near)}" if near else "`pmae list` and timm.list_models() name them"
-        raise UnknownModelError(f"unknown model {name!r}; {advice}")
-    tagged = timm.list_models(f"{architecture}.*", include_tags=True)
-    if tag and name not in tagged:
-        raise UnknownModelError(f"{architecture} has no tag {tag!r}; there are {', '.join(tagged)}")
-
-
-def _build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bool) -> Any:
-    if isinstance(model, nn.Module):
-        if checkpoint is not None:
-            raise ValueError("a checkpoint goes with a model's name; load it into the module that you pass")
-        model = getattr(model, "_orig_mod", model)  # torch.compile's
-        name = type(model).__name__
-        if not getattr(model, "pretrained_cfg", None):
-            raise ValueError(f"{name} has no pretrained_cfg to take a transform from; build it by timm")
-        if not hasattr(model, "forward_features"):
-            raise ValueError(f"{name} has no forward_features; build it without features_only")
-        if (channels := _input_channels(model)) != 3:
-            raise ValueError(
-                f"{name} takes images of {channels} channels; images are RGB here, build it with in_chans=3"
-            )
-        return model
-    check_model_name(model)
-    overlay = None
-    if checkpoint is not None:
-        if not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
-        overlay = {"file": str(checkpoint), "source": ""}  # timm would rather read the place that an id names
-    # Not num_classes=0: where that differs from the configuration timm loads unstrictly, and a checkpoint with foreign
-    # keys would leave random weights without a word. The classifier, if there is one, is loaded and not used.
-    built = timm.create_model(model, pretrained=pretrained or checkpoint is not None, pretrained_cfg_overlay=overlay)
-    return _arrange(built)
-
-
-def _input_channels(model: Any) -> int:
-    """Channels of a module's images; those of RGB where it does not say."""
-    first = model.pretrained_cfg.get("first_conv")
-    layer = dict(model.named_modules()).get(first) if isinstance(first, str) else None
-    return layer.in_channels if isinstance(layer, nn.Conv2d) else 3
-
-
-def _arrange(model: nn.Module) -> nn.Module:
-    """Lays a convolutional network's weights out as processors like them; what it computes stays the same."""
-    tokens = hasattr(model, "patch_embed")
-    return model if tokens else model.to(memory_format=torch.channels_last)
-
-
 def _check_pool(pool: Pool, model: nn.Module, architecture: str) -> None:
     has_class_token = getattr(model, "cls_token", None) is not None
     if "cls" in pool and not has_class_token:
@@ -340,15 +282,3 @@ def _check_pool(pool: Pool, model: nn.Module, architecture: str) -> None:
 def _own_device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _origin(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bool) -> str:
-    if isinstance(model, nn.Module):
-        return "module"
-    if checkpoint is not None:
-        return Path(checkpoint).name
-    if not pretrained:
-        return "random"
-    if model.startswith("local-dir:"):
-        return f"local-dir:{Path(model).name}"
-    return model if ":" in model else "pretrained"
