@@ -52,6 +52,7 @@ from training.miniature.study import (
     ARMS,
     CAUSES,
     EVALUATIONS,
+    FEW_LABELS,
     FLOORS,
     LITE0,
     MODEL,
@@ -126,7 +127,7 @@ def test_a_study_ends_and_holds_what_the_protocol_says() -> None:
         ("stylegan2_ada_p", "ls_gan_p"),
     ]
     counts = {part: parts.count(part) for part in dict.fromkeys(parts)}
-    assert counts == {"floor": 3, "tune": 4, "remedy": 5, "epochs": 3 * 7, "cause": 3, "clock": 4, "long": 5}
+    assert counts == {"floor": 4, "tune": 4, "remedy": 5, "epochs": 3 * 7, "cause": 3, "clock": 4, "long": 5}
     assert len({arm.trials for arm in adversarial}) == 1
 
 
@@ -225,7 +226,7 @@ def test_intervals_over_seeds_are_students() -> None:
 
 def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     text = describe_study(complete())
-    assert "45 of 45 cells" in text
+    assert "46 of 46 cells" in text
     chapter = text[text.index("## Equal epochs") : text.index("## Equal time")]
     head = next(line for line in chapter.splitlines() if "k-NN" in line)
     assert [part.strip() for part in head.split("|")[1:-1]] == [
@@ -243,7 +244,7 @@ def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     assert "51.0** [48.5, 53.5]" in mae
     assert "61.0** [58.5, 63.5]" in mae
     assert "| 3 | 30.0 | 1.0 | 0.500 |" in mae
-    assert all(f"`{floor}`" in chapter for floor in FLOORS)
+    assert [f"`{floor}`" in chapter for floor in FLOORS] == [True, True, True, False]
     assert "Reconstructions of `mae` take each patch's mean and contrast from the original" in chapter
     assert "21.51" not in chapter
     assert "20.51" in chapter  # PSNR is no share: not cut at 1
@@ -355,7 +356,9 @@ def test_nobody_is_judged_on_images_whose_labels_it_learned() -> None:
         "pixels": True,
         "random": True,
         "supervised": False,
+        "scratch": False,
     }
+    assert [evaluations(cell) for cell in floors if cell.arm == "scratch"] == [(FEW_LABELS,)]
 
 
 def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None:
@@ -403,7 +406,7 @@ def test_terms_are_taken_from_ls_gan_p_one_at_a_time_and_stand_beside_both_and_n
 
 def test_a_study_that_has_just_begun_says_so() -> None:
     text = describe_study({})
-    assert "0 of 45 cells" in text
+    assert "0 of 46 cells" in text
     assert text.count("No cell of it has run yet.") == 5
     assert "No method's trials are complete yet." in text
     assert "![" not in text
@@ -497,10 +500,10 @@ def test_tuning_images_are_a_tenth_of_every_class_and_are_not_learned_from(image
 def test_every_command_is_one_that_the_programs_understand(images: Path, tmp_path: Path) -> None:
     place = Place(data=images, fashion=images, work=tmp_path, processes=2)
     cells = [cell for _, cell in plan(complete()) if cell]
-    judged = {cell.part: cell for cell in cells}
-    assert judged.keys() == EVALUATIONS.keys()
+    judged = {(cell.part, evaluations(cell)): cell for cell in cells}
+    assert {part for part, _ in judged} == EVALUATIONS.keys()
     commands = [learning_labels(0, "random", place), learning_labels(1, "some.safetensors", place)]
-    commands += [evaluation(name, cell, place) for part, cell in judged.items() for name in EVALUATIONS[part]]
+    commands += [evaluation(name, cell, place) for cell in judged.values() for name in evaluations(cell)]
     for command in commands:
         script = next(index for index, part in enumerate(command) if part.endswith("evaluate.py"))
         tyro.cli(Options, args=command[script + 1 :])  # exits at a flag that does not exist
@@ -554,4 +557,4 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
 
 def test_names_are_of_the_packages_model_and_of_known_parts() -> None:
     assert set(EVALUATIONS) == {"floor", *TABLES}
-    assert len(FLOORS) == 3
+    assert len(FLOORS) == 4

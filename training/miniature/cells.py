@@ -23,6 +23,7 @@ from training.data.images import ImageSource
 from training.evaluate.features import Features
 from training.evaluate.split import hold_back
 from training.miniature.study import (
+    FINETUNED,
     JUDGED_IMAGES,
     LITE0,
     MODEL,
@@ -125,8 +126,9 @@ def learning_labels(stage: int, start: str, place: Place) -> list[str]:
 
 def model_name(cell: Cell) -> str:
     """What `training/evaluate.py` calls the cell's encoder."""
-    floors = {"pixels": "pixels:16", "random": f"{MODEL}@random", "supervised": f"{MODEL}@{SUPERVISED}"}
-    return floors[cell.arm] if cell.part == "floor" else f"{MODEL}@{cell.name}/encoder.safetensors"
+    if cell.part != "floor":
+        return f"{MODEL}@{cell.name}/encoder.safetensors"
+    return {"pixels": "pixels:16", "supervised": f"{MODEL}@{SUPERVISED}"}.get(cell.arm, f"{MODEL}@random")
 
 
 def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
@@ -144,10 +146,9 @@ def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
     if images == "tuning":
         fit, held = split_train(place)
         return [*alone, "--train", str(fit), "--test", str(held), "--protocols", "linear"]
-    if images == "finetune":
+    if images in FINETUNED:
         learner = learning("evaluate.py", place)
-        settings = ["--finetune.epochs", "10", "--finetune.precision", TABLES[cell.part].precision]
-        return [*learner, *own, *pair, "--protocols", "finetune", "--compile", *settings]
+        return [*learner, *own, *pair, "--protocols", "finetune", "--compile", *FINETUNED[images]]
     if images == "dense":
         return [*alone, "--protocols", "segmentation", "detection", *dense_flags(place)]
     if images != "imagenette":

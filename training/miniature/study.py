@@ -29,11 +29,22 @@ JUDGED_IMAGES = "2000"
 """Of val, that reconstructions are judged on: the networks that judge them cost more than all else together."""
 TRANSFER_FLAGS = ("--train-images", "10000", "--test-images", "5000")
 """Of CIFAR-10 and Fashion-MNIST: what two cores can afford, evenly spaced over the classes."""
+FEW_LABELS = "imagenette-100"
+"""The evaluation that learns from ten labelled images a class and nothing else."""
+FINETUNED = {
+    "finetune": ("--finetune.epochs", "10", "--finetune.precision", "bf16"),
+    FEW_LABELS: (
+        *("--train-images", "100", "--finetune.epochs", "300"),
+        *("--finetune.batch-size", "50", "--finetune.precision", "bf16"),
+    ),
+}
+"""Evaluations that fine-tune on Imagenette, by name."""
 CLOCK = "mae"
 """Whose time all methods get where they are compared at equal time."""
 
-FLOORS = ("pixels", "random", "supervised")
-"""What nobody pretrained: the image itself, first weights, and the encoder that learns Imagenette's labels."""
+FLOORS = ("pixels", "random", "supervised", "scratch")
+"""What nobody pretrained: the image itself, first weights, the encoder that learns Imagenette's labels, and that which
+has no more than `FEW_LABELS` to learn from."""
 
 ON_TUNING_IMAGES = ("tune", "remedy")
 """Parts whose cells learn from nine tenths of the training images and are judged on the last tenth."""
@@ -137,7 +148,7 @@ class Table:
     controls: bool = True
     """Whether controls take part."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of pretraining and fine-tuning."""
+    """Of pretraining."""
 
 
 TABLES: dict[Part, Table] = {
@@ -182,11 +193,13 @@ EVALUATIONS: dict[Part, tuple[str, ...]] = {
     "epochs": ("imagenette",),
     "cause": ("imagenette",),
     "clock": ("imagenette",),
-    "long": ("tuning", "imagenette", "finetune", "cifar10", "fashion-mnist", "dense"),
+    "long": ("tuning", "imagenette", "finetune", FEW_LABELS, "cifar10", "fashion-mnist", "dense"),
 }
 """Of a cell by its part, see `cells.py`."""
 
 
 def evaluations(cell: Cell) -> tuple[str, ...]:
     """What a cell is judged on: the supervised floor not on the tuning images, whose labels it has learned."""
+    if cell.arm == "scratch":
+        return (FEW_LABELS,)
     return tuple(name for name in EVALUATIONS[cell.part] if (cell.arm, name) != ("supervised", "tuning"))
