@@ -1,14 +1,17 @@
 """Perceptual MAE image encoders as timm models: importing this package registers them in timm.
 
+```python
 import perceptual_mae_models
 import timm
 
 model = timm.create_model("vit_pico_patch8_pmae", pretrained=True)
+```
 """
 
 from __future__ import annotations
 
 import sys
+import sysconfig
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointError", "FeatureExtractor", "WeightsUnavailableError"]
 
 # The `pmae` command passes here on its way to cli.py, and its help must not wait seconds for torch: its subcommands
-# register the encoders themselves.
-if Path(sys.argv[0] if sys.argv else "").name not in ("pmae", "pmae.exe"):
+# register the encoders themselves. Somebody's own program of that name lies elsewhere.
+_program = Path(sys.argv[0] if sys.argv else "")
+_scripts = Path(sysconfig.get_path("scripts"))
+if _program.name not in ("pmae", "pmae.exe") or _program.resolve().parent != _scripts.resolve():
     from . import vision_transformer_pmae as vision_transformer_pmae
 
 _MODULE_OF = {"FeatureExtractor": "features", "CheckpointError": "weights", "WeightsUnavailableError": "weights"}
@@ -34,3 +39,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -191,7 +191,13 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             The latent (N, 1 + K, D), class token first, and the outputs of the blocks that the decoder asks for, each
             of the same shape, in the decoder's order.
+
+        Raises:
+            ValueError: If the images have another size than the encoder was built for, or are not RGB.
         """
+        if images.shape[1:] != (3, *self.image_size):
+            height, width = self.image_size
+            raise ValueError(f"images are {tuple(images.shape)}; this network takes (N, 3, {height}, {width})")
         encoder, cls_token, pos_embed = self.encoder, self.encoder.cls_token, self.encoder.pos_embed
         assert cls_token is not None
         assert pos_embed is not None
@@ -287,10 +293,12 @@ def build_autoencoder(
         multi_scale: Decoder with skips from the encoder and an image at every scale.
 
     Raises:
-        ValueError: If the encoder is not a plain ViT with one class token.
+        ValueError: If the encoder is not a plain ViT of RGB images with one class token that has a position.
     """
-    if not isinstance(encoder, VisionTransformer) or encoder.num_prefix_tokens != 1 or encoder.pos_embed is None:
-        raise ValueError("the encoder is not a plain ViT with one class token: choose a vit_*_pmae model (`pmae list`)")
+    if not isinstance(encoder, VisionTransformer) or encoder.pos_embed is None or not _is_plain(encoder):
+        raise ValueError(
+            "the encoder is not a plain ViT of RGB images with one class token: choose a vit_*_pmae model (`pmae list`)"
+        )
     encoder.pos_embed.requires_grad_(False)
     grid_size, patch_size = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
     decoder: Decoder | MultiScaleDecoder
@@ -309,3 +317,14 @@ def build_autoencoder(
             encoder.embed_dim, grid_size, patch_size, dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads
         )
     return MaskedAutoencoder(encoder, decoder, mask_ratio=mask_ratio)
+
+
+def _is_plain(encoder: VisionTransformer) -> bool:
+    """Whether `MaskedAutoencoder.encode` computes what the encoder does, where nothing is hidden."""
+    return (
+        encoder.cls_token is not None
+        and encoder.num_prefix_tokens == 1
+        and not encoder.no_embed_class
+        and isinstance(encoder.norm_pre, nn.Identity)
+        and encoder.patch_embed.proj.in_channels == 3
+    )

@@ -72,10 +72,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _at_least(lowest: int) -> Any:
+def _at_least(lowest: int, highest: int = sys.maxsize) -> Any:
     def parse(text: str) -> int:
         if (value := int(text)) < lowest:
             raise argparse.ArgumentTypeError(f"{value} is less than {lowest}")
+        if value > highest:
+            raise argparse.ArgumentTypeError(f"{value} is more than {highest}")
         return value
 
     parse.__name__ = "integer"  # argparse puts it into its message for text that is no number
@@ -158,7 +160,7 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
     add("--model", default="vit_pico_patch8_pmae", metavar="NAME", help="of the neighbours (default: %(default)s)")
     add("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s, this machine only")
-    add("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
+    add("--port", type=_at_least(0, 65535), default=7860, metavar="N", help="default: %(default)s; 0: a free one")
 
 
 def _add_extractor_options(command: argparse.ArgumentParser, pools: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from perceptual_mae_models.weights import (
     ENCODER_PARTS,
     HEAD_PARTS,
     CheckpointError,
+    advise_pooling,
     checkpoint_filter_fn,
     shorten,
     split_wrappers,
@@ -224,10 +225,8 @@ def _check_kind(source: Source, tensors: Mapping[str, Tensor]) -> None:
         )
     if "fc_norm.weight" in parts and "norm.weight" not in parts:
         raise CheckpointError(
-            f"{source.file} is a fine-tuned classifier whose norm stands behind the pooling (fc_norm): without it there"
-            " is no encoder to convert. It loads as it is, with its number of classes N and the model's NAME:"
-            f" timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file={str(source.file)!r},"
-            " num_classes=N), global_pool='avg')"
+            f"{source.file} holds no encoder to convert, because an encoder ends with a norm."
+            f" {advise_pooling(str(source.file))}"
         )
 
 

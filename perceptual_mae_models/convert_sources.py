@@ -181,7 +181,7 @@ def _explain_unreadable(file: Path, error: Exception) -> str:
     return (
         f"{file} holds objects besides tensors ({foreign[1]}), and reading those would run code that comes with the"
         " file. If you trust its source, keep only the tensors:\n"
-        f"    python -c \"import torch; c = torch.load('{file}', map_location='cpu', weights_only=False);"
+        f"    python -c \"import torch; c = torch.load({str(file)!r}, map_location='cpu', weights_only=False);"
         " torch.save({'state_dict': c.get('state_dict') or c['model']}, 'tensors.pth')\"\n"
         "(with the library that wrote the file installed) and convert tensors.pth"
     )

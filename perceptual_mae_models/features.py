@@ -1,12 +1,14 @@
 """Images in, features out: any timm encoder as a function from files, Pillow images or arrays to a tensor.
 
+```python
 from perceptual_mae_models.features import FeatureExtractor
 
 extractor = FeatureExtractor("vit_pico_patch8_pmae")
 features = extractor(["cat.jpg", "dog.png"])                 # (2, 192), float32, on the CPU
 
 for batch in extractor.stream(find_images(["photos"])):      # any number of images in the memory of one batch
-...
+    ...
+```
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -64,9 +66,9 @@ class FeatureExtractor:
     - `tokens`: all tokens, prefix tokens first, (N, L, D);
     - `map`: the patch tokens on their grid, (N, D, H, W).
 
-    Pooled vectors pass through the model's `fc_norm` where it has one, which is its final norm then. Models without
-    tokens (convolutional ones) have no prefix: their feature map is their patch tokens. What a model does not say
-    (which tokens are patches, how they lie) is not guessed: an error says which pooling it can have.
+    Pooled vectors pass through the model's `fc_norm` or `head.norm` where it has one, which is its final norm then.
+    Models without tokens (convolutional ones) have no prefix: their feature map is their patch tokens. What a model
+    does not say (which tokens are patches, how they lie) is not guessed: an error says which pooling it can have.
 
     The transform is the one of the model's configuration: resize, centre crop, mean and standard deviation.
 
@@ -107,8 +109,8 @@ class FeatureExtractor:
             UnknownModelError: timm has no model or tag of this name.
             FileNotFoundError: There is no such checkpoint.
             ValueError: An argument is not one of its choices, the model has no class token to pool or does not say
-                which tokens are patches, or a given module says nothing about its transform, has no
-                `forward_features`, takes no RGB images, or comes with a checkpoint.
+                which tokens are patches, this torch does not know the device, or a given module says nothing about
+                its transform, has no `forward_features`, takes no RGB images, or comes with a checkpoint.
         """
         if pool not in POOLS:
             raise ValueError(f"pool is one of {', '.join(POOLS)}, not {pool!r}")
@@ -120,7 +122,7 @@ class FeatureExtractor:
         _check_pool(pool, self.model, architecture)
         if device is None:
             device = _own_device(self.model) if isinstance(model, nn.Module) else default_device()
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.model.to(self.device).eval()
         self.pool = pool
         self.dtype = dtype
@@ -222,11 +224,16 @@ class FeatureExtractor:
 
         Returns:
             Float32 on the CPU: (N, D), (N, L, D) or (N, D, H, W).
+
+        Raises:
+            ValueError: The model gives several sets of features at once, or does not say how its tokens lie.
         """
         precision = getattr(torch, self.dtype)
         with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
-            encoded = self.model.forward_features(pixels.to(self.device, self._weights_dtype)).float()
-            return self._pool(encoded, pixels).float().cpu()
+            encoded = self.model.forward_features(pixels.to(self.device, self._weights_dtype))
+            if not isinstance(encoded, Tensor):
+                raise ValueError(f"{self.metadata['model']} gives several sets of features, none of which is its own")
+            return self._pool(encoded.float(), pixels).float().cpu()
 
     @property
     def _weights_dtype(self) -> torch.dtype:
@@ -261,13 +268,37 @@ class FeatureExtractor:
         if self.pool == "map":
             return encoded[:, prefix:].transpose(1, 2).reshape(len(encoded), -1, *self._grid(maps, prefix, pixels))
         vectors = {"cls": lambda: encoded[:, 0], "avg": lambda: encoded[:, prefix:].mean(dim=1)}
-        final_norm: nn.Module = getattr(self.model, "fc_norm", nn.Identity())
-        return torch.cat([final_norm(vectors[part]()) for part in self.pool.split("+")], dim=1)
+        return torch.cat([self._normalise(vectors[part](), maps.ndim) for part in self.pool.split("+")], dim=1)
+
+    def _normalise(self, vectors: Tensor, ndim: int) -> Tensor:
+        """The final norm of pooled vectors (N, D), of a model that pools before it."""
+        if (norm := getattr(self.model, "fc_norm", None)) is None:
+            norm = getattr(getattr(self.model, "head", None), "norm", None)
+            width = getattr(getattr(norm, "weight", None), "shape", None)
+            if norm is None or width != vectors.shape[1:]:  # of another width: between the layers of a head
+                return vectors
+        if ndim == 4 and not self._channels_last:  # it is made for maps
+            vectors = vectors[:, :, None, None]
+        pooled: Tensor = norm(vectors)
+        return pooled.flatten(1)
 
 
 def default_device() -> str:
     """Names the device that features are computed on unless another is asked for."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: This torch, or this machine, has no such device.
+    """
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # the second of kinds that it was built without
+        raise ValueError(f"no device {str(name)!r}: {str(error).splitlines()[0]}") from error
 
 
 def _check_pool(pool: Pool, model: nn.Module, architecture: str) -> None:

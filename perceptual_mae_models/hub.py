@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
@@ -165,7 +165,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If there is no such file.
-        IntegrityError: If it is not a manifest.
+        IntegrityError: If it is not a manifest, or names a file outside its own folder.
     """
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -173,6 +173,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
             int(entry["bytes"]), str(entry["sha256"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} is not a manifest of weights ({type(error).__name__}: {error})") from error
+    for name in manifest["files"]:
+        place = PureWindowsPath(name)  # which knows both kinds of slashes, and drives
+        if place.anchor or ".." in place.parts or not place.name:
+            raise IntegrityError(f"{path} names {name!r}, which is no file of its own folder: do not use these weights")
     return manifest
 
 

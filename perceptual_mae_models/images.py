@@ -66,6 +66,7 @@ def open_image(image: ImageInput) -> Image.Image:
     - 16-bit values are divided by 257, so that a 16-bit photograph looks like its 8-bit copy. 32-bit integer and float
       files carry no value range of their own: see `grey_to_8_bit`.
     - Of an animation, the first frame; of a Pillow image, the frame it stands at.
+    - PostScript is refused: Pillow would have Ghostscript run it.
 
     Args:
         image: A path, a Pillow image (left as it is), or an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)
@@ -130,7 +131,6 @@ def grey_to_8_bit(values: NDArray[Any], sixteen_bit: bool = False) -> NDArray[np
         ValueError: A value is NaN or infinite.
     """
     scales = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
-    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("holds NaN or infinite values")
     low, high = float(values.min()), float(values.max())
@@ -138,8 +138,12 @@ def grey_to_8_bit(values: NDArray[Any], sixteen_bit: bool = False) -> NDArray[np
         low, high = 0, 65535
     elif low >= 0 and high <= 65535:
         low, high = 0, next(scale for scale in scales if high <= scale)
-    scaled: NDArray[np.float64] = (values - low) * (255 / ((high - low) or 1.0))
-    return np.rint(scaled).astype(np.uint8)
+    grey = np.empty(values.shape, np.uint8)
+    rows = max(1, 2**20 // values.shape[1])  # of large images at once, the floats would take gigabytes
+    for first in range(0, len(values), rows):
+        block = values[first : first + rows].astype(np.float64)
+        grey[first : first + rows] = np.rint((block - low) * (255 / ((high - low) or 1.0)))
+    return grey
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -202,8 +206,19 @@ def _expand(path: Path, named: bool) -> list[Path]:
     return sorted(files)
 
 
+def refuse_programs(image: Image.Image) -> None:
+    """Refuses what Pillow has another program read, whatever the file is called.
+
+    Raises:
+        ValueError: The image is PostScript, which Pillow hands to Ghostscript.
+    """
+    if image.format == "EPS":
+        raise ValueError("is PostScript, which Ghostscript would run: convert it to a PNG first")
+
+
 def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
+        refuse_programs(image)
         # Before reading the orientation: Pillow's TIFF reader turns the image itself while loading.
         image.load()
         orientation = _orientation(image)

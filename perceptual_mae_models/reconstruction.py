@@ -1,5 +1,6 @@
 """Masked images rebuilt: the autoencoders whose weights come with the package, and pictures of what they do.
 
+```python
 from perceptual_mae_models.autoencoder import given_masking
 from perceptual_mae_models.reconstruction import middle, open_shipped, rebuild
 
@@ -7,6 +8,7 @@ network, recipe = open_shipped("vit_pico_patch8_pmae.mae_imagenette")
 images = middle(image, network.image_size).unsqueeze(0)              # (1, 3, 64, 64) in [0, 1]
 hidden = torch.rand(1, network.num_patches) < 0.5                    # any patches
 views = rebuild(network, images, given_masking(hidden), norm_pix_loss=recipe["norm_pix_loss"])
+```
 """
 
 import json
@@ -30,6 +32,7 @@ from perceptual_mae_models.autoencoder import (
     hidden_pixels,
     normalise_patches,
 )
+from perceptual_mae_models.images import open_image
 from perceptual_mae_models.weights import CheckpointError
 
 
@@ -121,9 +124,9 @@ def _decoder_file(encoder_file: str) -> Path:
 
 
 def middle(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """The middle of an image, its short side fitted to a height and width: (3, H, W) in [0, 1]."""
+    """The middle of an image of any mode, its short side fitted to a height and width: (3, H, W) in [0, 1]."""
     fit = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
-    pixels: Tensor = fit(image)
+    pixels: Tensor = fit(open_image(image))
     return pixels.float() / 255
 
 

@@ -1,7 +1,8 @@
 """The encoders as timm models: architectures, pretrained tags, and every fact that timm needs about them.
 
 Each encoder is timm's plain `VisionTransformer` (no subclass, so that keys, pickles and exports stay native) whose
-position embedding starts as MAE's sine-cosine code. `timm.create_model` takes all its usual arguments.
+position embedding starts as MAE's sine-cosine code (timm's own `model.init_weights()`, called later, would make it
+random). `timm.create_model` takes all its usual arguments.
 
 A tag is `<method>_<data>`. The first tag of an architecture is its default: the method expected to be the best one.
 `vit_pico_patch8_pmae` is the exception: its default is `mae_imagenette`, because those weights come inside the package
@@ -127,7 +128,12 @@ def _vision_transformer(**kwargs: Any) -> VisionTransformer:
 
 
 def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    if not overlay.keys().isdisjoint(("url", "hf_hub_id")) and "file" not in overlay:
+        # What is given by hand stands before the file in the package, which timm would read.
+        cfg = replace(cfg, file=None)
+        _exchange_cfg(kwargs, cfg)
     # timm does this only for a fixed input size, which a saved dynamic_img_size model no longer declares.
     kwargs.setdefault("img_size", cfg.input_size[-2:])
     if kwargs.get("features_only"):

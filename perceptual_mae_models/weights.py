@@ -168,6 +168,7 @@ def _find_encoder(
         raise CheckpointError(
             f"The checkpoint does not hold a complete {title}: {len(missing)} of its {len(required)} tensors are"
             f" missing ({shorten(missing)}). Found {len(checkpoint)} tensors ({shorten(checkpoint)})."
+            + (f" {advise_pooling()}." if "fc_norm.weight" in closest and "norm.weight" in missing else "")
         )
     if len(chosen) > 1:
         places = [".".join(path) or "the top level" for path in chosen]
@@ -308,9 +309,12 @@ def _describe_unavailable(cfg: PretrainedCfg, error: Exception) -> str:
     lines.append("Ways out:")
     if isinstance(error, GatedRepoError):
         lines.append("- ask for access on the repository's page, then `hf auth login` or set HF_TOKEN;")
+    lines.append("- set HF_HUB_CACHE to a Hub cache that holds them, and HF_HUB_OFFLINE=1 to use it without a network;")
+    if cfg.hf_hub_id and find_repository(cfg).ours:
+        lines.append("- set PMAE_HUB_ORG to an organisation that has them, or HF_ENDPOINT to a mirror of the Hub;")
+    else:
+        lines.append("- set HF_ENDPOINT to a mirror of the Hub;")
     lines += [
-        "- set HF_HUB_CACHE to a Hub cache that holds them, and HF_HUB_OFFLINE=1 to use it without a network;",
-        "- set PMAE_HUB_ORG to an organisation that has them, or HF_ENDPOINT to a mirror of the Hub;",
         f"- load a local file: timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file=…));",
         f"- train them: python training/pretrain.py mae --data DIR --model {architecture} --out DIR;",
         "- pass pretrained=False for an encoder that is random on purpose.",
@@ -332,11 +336,21 @@ def _model_name(cfg: PretrainedCfg) -> str:
 
 
 def _location(cfg: PretrainedCfg) -> str:
-    if cfg.file:
+    if cfg.source != "hf-hub" and cfg.file:
         return f"the file {cfg.file}"
-    if cfg.hf_hub_id:
+    if cfg.hf_hub_id and (cfg.source == "hf-hub" or not cfg.url):
         return f"the Hugging Face Hub repository {find_repository(cfg)}, file {cfg.hf_hub_filename or WEIGHTS}"
     return f"{cfg.url}"
+
+
+def advise_pooling(file: str = "…") -> str:
+    """What to do with a fine-tuned classifier whose norm stands behind the pooling (fc_norm), for a message."""
+    return (
+        "It is a fine-tuned classifier whose norm stands behind the pooling (fc_norm). It loads as it is, with its"
+        " number of classes N and the model's NAME:"
+        f" timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file={file!r}, num_classes=N),"
+        " global_pool='avg'); FeatureExtractor takes that model"
+    )
 
 
 def shorten(names: Mapping[str, Any] | list[str], separator: str = ", ") -> str:

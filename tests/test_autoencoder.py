@@ -1,5 +1,7 @@
 """The masked autoencoder against independent implementations and closed forms."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -231,8 +233,32 @@ def test_pretraining_normalises_as_the_published_transform() -> None:
     torch.testing.assert_close(network.standardise(images), normalise(images))
 
 
-def test_encoder_that_is_no_plain_vit_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("resnet10t", {}),
+        ("vit_pico_patch8_pmae", {"no_embed_class": True}),
+        ("vit_pico_patch8_pmae", {"pre_norm": True}),
+        ("vit_pico_patch8_pmae", {"in_chans": 1}),
+        ("vit_pico_patch8_pmae", {"reg_tokens": 1}),
+        ("vit_pico_patch8_pmae", {"class_token": False, "reg_tokens": 1, "global_pool": "avg"}),
+        ("vit_pico_patch8_pmae", {"pos_embed": "none"}),
+    ],
+)
+def test_encoder_that_is_no_plain_vit_is_refused(name: str, arguments: dict[str, Any]) -> None:
+    encoder = timm.create_model(name, **arguments)
     with pytest.raises(ValueError, match="class token"):
-        build_autoencoder(
-            timm.create_model("resnet10t"), decoder_dim=16, decoder_depth=1, decoder_heads=2, mask_ratio=0.75
-        )
+        build_autoencoder(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2, mask_ratio=0.75)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 128, 128), (1, 1, 64, 64), (1, 3, 64, 72), (1, 3, 32, 128)])
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    network = build_autoencoder(
+        timm.create_model("vit_pico_patch8_pmae", depth=1),
+        decoder_dim=16,
+        decoder_depth=1,
+        decoder_heads=2,
+        mask_ratio=0.75,
+    )
+    with pytest.raises(ValueError, match=r"takes \(N, 3, 64, 64\)"):
+        network(torch.rand(shape), torch.rand(1, 64))

@@ -158,6 +158,7 @@ def test_problems_are_told_before_the_work(run, photos: Path, tmp_path: Path, mo
         (("embed", "a", "-o", "f.npz", "--batch-size", "0"), "0 is less than 1"),
         (("embed", "a", "-o", "f.npz", "--workers", "x"), "invalid integer value: 'x'"),
         (("similar", "a", "b", "--pool", "tokens"), "invalid choice"),
+        (("serve", "--port", "70000"), "70000 is more than 65535"),
     ],
 )
 def test_wrong_usage(run, arguments: tuple[str, ...], message: str) -> None:
@@ -176,6 +177,10 @@ def test_errors_are_a_line(run, photos: Path, tmp_path: Path) -> None:
             assert err.count("\n") == 1
     status, _, err = run("embed", photos, "-o", tmp_path / "f.npz", "--model", "test_vit", "--checkpoint", "none.pth")
     assert (status, err) == (1, "pmae: error: no such checkpoint: none.pth\n")
+    status, _, err = run("embed", photos, "-o", tmp_path / "f.npz", "--device", "nonsense")
+    assert status == 1
+    assert err.startswith("pmae: error: no device 'nonsense': ")
+    assert err.count("\n") == 1
 
 
 def test_interrupt(run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +362,11 @@ def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "\033[Kskipped a.jpg\n" in terminal.text
     assert "10/10 images" in terminal.text
     assert terminal.text.endswith("\r\033[K")
+    monkeypatch.setattr(images.time, "perf_counter", lambda: progress.start + 10)
+    long = images.Progress(1_000_000)
+    long.start = progress.start
+    long.advance(70)
+    assert "1 day, 15:40:47 left" in terminal.text
 
 
 def test_choices_are_those_of_the_extractor() -> None:

@@ -350,6 +350,29 @@ def test_a_module_is_credited_to_no_tag() -> None:
     assert FeatureExtractor(PICO, device="cpu").metadata["tag"] == "mae_imagenette"
 
 
+@pytest.mark.parametrize(
+    "name", ["test_convnext", "hiera_tiny_224", "caformer_s18"]
+)  # a norm of maps, and one of vectors
+def test_models_whose_head_normalises_after_pooling(files: list[Path], name: str) -> None:
+    model = timm.create_model(name, num_classes=0).eval()
+    nn.init.normal_(model.head.norm.weight)
+    extractor = FeatureExtractor(model)
+    pixels = torch.stack([extractor.transform(Image.open(file)) for file in files[:2]])
+    torch.testing.assert_close(extractor(files[:2]), model(pixels).detach())
+
+
+def test_a_norm_between_the_layers_of_a_head_is_none_of_the_features(files: list[Path]) -> None:
+    model = timm.create_model("inception_next_atto").eval()
+    assert isinstance(model.head.norm, nn.LayerNorm)
+    extractor = FeatureExtractor(model)
+    torch.testing.assert_close(extractor(files[:2]), FeatureExtractor(model, "map")(files[:2]).mean((2, 3)))
+
+
+def test_models_of_several_sets_of_features_are_refused(files: list[Path]) -> None:
+    with pytest.raises(ValueError, match="coat_tiny gives several sets of features"):
+        FeatureExtractor("coat_tiny", pretrained=False)(files[:1])
+
+
 def test_convolutional_models(files: list[Path]) -> None:
     for name in ("test_resnet", "test_mambaout"):  # channels first and last
         model = timm.create_model(name).eval()
@@ -358,7 +381,8 @@ def test_convolutional_models(files: list[Path]) -> None:
             maps = model.forward_features(pixels)
         maps = maps.permute(0, 3, 1, 2) if name == "test_mambaout" else maps
         torch.testing.assert_close(FeatureExtractor(model, "map")(files[:2]), maps)
-        torch.testing.assert_close(FeatureExtractor(model)(files[:2]), maps.mean((2, 3)))
+        norm = model.head.norm if name == "test_mambaout" else nn.Identity()
+        torch.testing.assert_close(FeatureExtractor(model)(files[:2]), norm(maps.mean((2, 3))).detach())
         assert FeatureExtractor(model, "tokens")(files[:2]).shape == (2, maps[0, 0].numel(), maps.shape[1])
         with pytest.raises(ValueError, match="no class token"):
             FeatureExtractor(model, "cls")
@@ -386,6 +410,8 @@ def test_wrong_arguments(pico: nn.Module, extractor: FeatureExtractor, files: li
         FeatureExtractor(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="goes with a model's name"):
         FeatureExtractor(pico, checkpoint="weights.safetensors")
+    with pytest.raises(ValueError, match="no device 'nonsense': "):
+        FeatureExtractor(PICO, device="nonsense")
     with pytest.raises(ValueError, match="no images"):
         extractor([])
     with pytest.raises(ValueError, match="batch_size"):

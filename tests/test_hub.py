@@ -148,6 +148,23 @@ def test_what_is_given_by_hand_stands_before_the_repository_unless_the_source_sa
         model = timm.create_model(TAG, pretrained=True, pretrained_cfg_overlay=overlay)
         assert torch.equal(model.norm.weight, state["norm.weight"]), overlay
         assert any("manifest.json" in request for request in server.requests), overlay
+    server.requests.clear()
+    embedded = "vit_pico_patch8_pmae.mae_imagenette"  # whose own file would stand before anything
+    ours = timm.create_model(embedded, pretrained=True).state_dict()
+    torch.save({name: tensor + 1 for name, tensor in ours.items()}, other)
+    model = timm.create_model(
+        embedded, pretrained=True, pretrained_cfg_overlay={"url": other.as_uri()}, cache_dir=tmp_path / "pico"
+    )
+    assert torch.equal(model.norm.weight, ours["norm.weight"] + 1)
+    assert not server.requests
+    elsewhere = {"hf_hub_id": "me/finetuned"}
+    with pytest.raises(WeightsUnavailableError, match="Hugging Face Hub repository me/finetuned") as caught:
+        timm.create_model(embedded, pretrained=True, pretrained_cfg_overlay=elsewhere)
+    assert "PMAE_HUB_ORG" not in str(caught.value)  # which stands in for our organisation alone
+    assert server.requests
+    with pytest.raises(WeightsUnavailableError, match=r"Hugging Face Hub repository .*mae_imagenette") as caught:
+        timm.create_model(embedded, pretrained=True, pretrained_cfg_overlay={"source": "hf-hub"})
+    assert "PMAE_HUB_ORG" in str(caught.value)
 
 
 def test_a_revision_can_be_asked_for(published: Repo, state: dict[str, torch.Tensor]) -> None:
@@ -253,6 +270,10 @@ def test_a_manifest_that_is_none_is_refused(published: Repo) -> None:
     for content in (b"<html>", b"{}", b'{"files": {"model.safetensors": {"bytes": 1}}}'):
         published.commit({"manifest.json": content})
         assert "not a manifest" in refused(CheckpointError)
+    for name in ("/etc/passwd", "../up", "a/../../b", "c:\\x", "c:x", "..\\y", ".", ""):
+        manifest = {"files": {name: {"bytes": 1, "sha256": "0"}}}
+        published.commit({"manifest.json": json.dumps(manifest).encode()})
+        assert f"{name!r}, which is no file of its own folder" in refused(CheckpointError)
     published.commit({"manifest.json": b'{"files": {}}'})
     assert "no line for model.safetensors" in refused(CheckpointError)
 

@@ -3,12 +3,13 @@
 import os
 import pickle
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
 from perceptual_mae_models.images import ImageError, find_images, grey_to_8_bit, image_name, open_image
 
@@ -153,6 +154,24 @@ def test_sixteen_bits_look_like_eight(tmp_path: Path, photo: np.ndarray, grey: n
     assert (tmp_path / "dark.pgm").read_bytes().split()[3] == b"65535"
     for name in ("dark.png", "dark.pgm"):
         assert pixels(tmp_path / name).max() <= 1, name
+
+
+def test_large_images_need_little_more_memory_than_their_values() -> None:
+    deep = np.arange(65536, dtype=np.uint16).repeat(64).reshape(-1, 2048)  # every value, in several blocks
+    np.testing.assert_array_equal(grey_to_8_bit(deep, sixteen_bit=True), np.rint(deep / 257))
+    tracemalloc.start()
+    grey_to_8_bit(deep, sixteen_bit=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6  # 34 MB as floats, in three copies
+
+
+@pytest.mark.parametrize("name", ["cat.jpg", "cat.eps"])
+def test_postscript_is_not_run(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / name, "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("ran Ghostscript"))
+    with pytest.raises(ImageError, match="PostScript"):
+        open_image(tmp_path / name)
 
 
 def test_sixteen_bit_negatives_are_turned(tmp_path: Path, grey: np.ndarray) -> None:

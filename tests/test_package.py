@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import perceptual_mae_models
 from perceptual_mae_models.features import FeatureExtractor
 from training import demo
 from training.step import reconstruction_loss
@@ -43,6 +44,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"perceptual_mae_models"}
     assert f"perceptual_mae_models/pretrained/{EMBEDDED}.safetensors" in names
+    assert "perceptual_mae_models/py.typed" in names
+
+
+def test_a_program_of_the_users_that_is_called_as_ours_has_the_encoders_too(tmp_path: Path) -> None:
+    program = tmp_path / "pmae"
+    program.write_text("import perceptual_mae_models, timm; print(timm.is_model('vit_pico_patch8_pmae'))")
+    assert subprocess.check_output([sys.executable, program], text=True) == "True\n"
+    assert {"FeatureExtractor", "CheckpointError"} <= set(dir(perceptual_mae_models))
 
 
 def test_no_dependency_of_training_at_run_time() -> None:

@@ -2,7 +2,10 @@
 
 import http.client
 import shutil
+import socket
 import struct
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -352,8 +355,23 @@ def test_a_page_of_this_machine_answers_to_its_own_names_alone(address: str) -> 
         statuses[name] = connection.getresponse().status
         connection.close()
     assert statuses == {"127.0.0.1": 200, "localhost": 200, "evil.example": 400}
-    assert "[" in own_names("::1")
+    assert own_names("::1") == own_names("[::1]") == ["127.0.0.1", "localhost", "[::1]", "["]
     assert own_names("0.0.0.0") == []
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_the_page_can_be_served_at_an_address_of_version_6(host: str) -> None:
+    page = pytest.importorskip("perceptual_mae_models.serve.page", reason="gradio is not installed")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no loopback of version 6 on this machine")
+    blocks = page.build(Workbench(), {})
+    address = page.launch(blocks, host, 0, block=False)
+    assert urllib.request.urlopen(address, timeout=30).status == 200
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}), timeout=30)
+    blocks.close()
 
 
 @pytest.mark.slow

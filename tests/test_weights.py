@@ -248,6 +248,8 @@ def test_pooling_heads(tmp_path):
         load(random_state(num_classes=5), tmp_path, global_pool="map", num_classes=5)
     finetuned = random_state(global_pool="avg", num_classes=5)
     assert_encoder_equals(load(finetuned, tmp_path, global_pool="avg", overlay={"num_classes": 5}), finetuned)
+    with pytest.raises(CheckpointError, match=r"norm\.weight.*whose norm stands behind the pooling.*global_pool='avg'"):
+        load(finetuned, tmp_path, num_classes=5)
 
 
 # --- fitting to the model's arguments --------------------------------------------------------------------------------

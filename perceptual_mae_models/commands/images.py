@@ -1,6 +1,7 @@
 """`pmae embed` and `pmae similar`: features of the images on a disk."""
 
 import argparse
+import datetime
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,7 @@ class Progress:
         if not self.visible:
             return
         rate = self.done / (time.perf_counter() - self.start)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
+        left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
         self._show(f"{self.done}/{self.total} images, {rate:.0f} images/s, {left} left")
 
     def note(self, message: str) -> None:

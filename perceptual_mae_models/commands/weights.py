@@ -43,7 +43,8 @@ def download(arguments: argparse.Namespace) -> int:
 def _deliver(paths: dict[str, Path], folder: Path | None) -> None:
     """Copy files to a folder, where one is given, and say where they are."""
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+        for name in paths:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
         paths = {name: Path(shutil.copyfile(path, folder / name)) for name, path in paths.items()}
     for name, path in paths.items():
         print(f"{name}  {path}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, given_masking, random_masking
+from perceptual_mae_models.features import find_device
 from perceptual_mae_models.images import ImageError, open_image
 from perceptual_mae_models.reconstruction import middle, open_shipped, rebuild, shipped_autoencoders
 from perceptual_mae_models.serve.maps import attention_map, feature_maps, pca_map
@@ -46,11 +47,11 @@ class Workbench:
         index: Of the folder; None: no neighbours are shown.
 
     Raises:
-        ValueError: If no method comes with the package.
+        ValueError: If no method comes with the package, or there is no such device.
     """
 
     def __init__(self, device: str | torch.device = "cpu", index: NeighbourIndex | None = None) -> None:
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.index = index
         self.methods = []
         for name in shipped_autoencoders():

@@ -18,4 +18,11 @@ def own_names(host: str) -> list[str]:
     """
     if not is_loopback(host):
         return []
-    return ["127.0.0.1", "localhost", host.partition(":")[0] or "["]  # what starlette makes of [::1]:7860
+    own = bracketed(host)
+    return ["127.0.0.1", "localhost", own, *("[" if own.startswith("[") else ())]  # "[": to older starlettes
+
+
+def bracketed(host: str) -> str:
+    """An address as URLs have it: IPv6 in brackets."""
+    bare = host.strip("[]")
+    return f"[{bare}]" if ":" in bare else bare

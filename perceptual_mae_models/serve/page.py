@@ -11,7 +11,7 @@ from torch import Tensor
 from perceptual_mae_models.images import ImageError
 from perceptual_mae_models.serve.assets import CSS, PAINT, PICK
 from perceptual_mae_models.serve.bench import Workbench, mask_text
-from perceptual_mae_models.serve.hosts import own_names
+from perceptual_mae_models.serve.hosts import bracketed, own_names
 from perceptual_mae_models.serve.markup import message, note, painter, sample_buttons
 from perceptual_mae_models.serve.uploads import MAX_BYTES, MAX_PIXELS, keepable, open_upload
 
@@ -238,14 +238,14 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
         The address of the page.
 
     Raises:
-        OSError: If the port is taken.
+        OSError: If the port is taken, or the address not this machine's.
     """
     names = own_names(host)
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=names)] if names else []
     theme = gr.themes.Default(font=FONT, font_mono=("ui-monospace", "monospace"), primary_hue="blue")
     try:
         _, address, _ = blocks.launch(
-            server_name=host,
+            server_name=bracketed(host),
             server_port=port or None,
             share=False,
             max_file_size=MAX_BYTES,
@@ -259,7 +259,10 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
             app_kwargs={"middleware": guards},
         )
     except OSError as error:  # gradio's own message speaks of its settings, not of ours
-        raise OSError(f"cannot listen at {host}, port {port}: choose another with --port ({error})") from error
+        raise OSError(
+            f"cannot listen at {host}, port {port} ({error}): choose another with --port, or with --host an address of"
+            " this machine"
+        ) from error
     if block:
         print(f"{address} (stop with Ctrl-C)", flush=True)
         blocks.block_thread()

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from perceptual_mae_models.images import ImageError
+from perceptual_mae_models.images import ImageError, refuse_programs
 from training.data.images import ImageSource
 from training.data.readers import PartReader, Reader, open_reader
 
@@ -186,6 +186,7 @@ def _read_values(data: bytes) -> NDArray[np.int64]:
         ValueError: If it holds anything but one number a pixel.
     """
     with Image.open(io.BytesIO(data)) as image:
+        refuse_programs(image)
         if image.format == "JPEG":
             raise ValueError("a mask as JPEG: its numbers are not what was stored; store it as PNG")
         raw = str(image.tile[0].args) if image.tile else ""
