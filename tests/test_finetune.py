@@ -32,7 +32,7 @@ from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, 
 from training.evaluate.rows import Place
 from training.evaluate.trainer import Engine
 from training.run import record
-from training.run.folder import RunError
+from training.run.folder import RunError, own_run_folder
 
 ROOT = Path(__file__).parents[1]
 PICO = "vit_pico_patch8_pmae"
@@ -301,6 +301,14 @@ def test_batches_that_cannot_be_cut_and_broken_images_are_refused(photos: Path, 
     for workers in (0, 1):
         with pytest.raises(ImageError, match=r"bad\.png"):
             tune(folder, tmp_path / str(workers), FineTuneSettings(epochs=1, batch_size=2), workers=workers)
+
+
+def test_a_folder_in_which_a_run_goes_on_is_refused(
+    straight: tuple[Path, dict[str, torch.Tensor]], photos: Path
+) -> None:
+    run, _ = straight
+    with own_run_folder(run), pytest.raises(RunError, match="belongs to a run that is going on"):
+        tune(photos, run.parent)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(photos: Path, tmp_path: Path) -> None:

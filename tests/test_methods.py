@@ -160,10 +160,17 @@ def test_a_non_finite_term_stops_the_run_by_name(photos: Path, tmp_path: Path) -
         (("--decoder-heads", "0"), "--decoder-heads is 0: it must be above 0"),
         (("--decoder-dim", "30", "--decoder-heads", "2"), "--decoder-dim is 30: it must be a multiple of 4"),
         (("--max-broken", "-1"), "--max-broken is -1: a share"),
-        (("--log-every", "-3"), "--log-every is -3: it must be at least 0"),
+        (("--log-every", "-3"), "--log-every is -3: it must be at least 1"),
         (("--epoch-images", "8"), "--epoch-images is for streams"),
         (("--steps", "2", "--warmup", "0.8"), "--warmup 0.8: none of the 2 steps comes after it"),
         (("--phi", "timm:no_such_model"), "--phi timm:no_such_model"),
+        (("--mask-ratio", "0.99"), "--mask-ratio 0.99 hides 64 of 64 patches"),
+        (("--mask-ratio", "1e-17"), "--mask-ratio 1e-17 hides 0 of 64 patches"),
+        (("--weight-decay", "-1"), "--weight-decay is -1.0: it must be at least 0"),
+        (("--d-betas", "-0.5", "0.99"), "--d-betas is (-0.5, 0.99): it must be two numbers"),
+        (("--adversarial-loss", "wgan_gp", "--ada-target", "0.6"), "whose logits have no zero"),
+        (("--multi-scale", "--d-width", "64"), "--d-width is 64: it must be channels times resolution"),
+        (("--d-width", "6144"), "--d-width is 6144: it must be channels times resolution"),
     ],
 )
 def test_wrong_adversarial_flags_stop_before_training(

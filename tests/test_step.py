@@ -130,6 +130,15 @@ def test_each_term_alone_reaches_the_autoencoder_and_not_the_discriminator(metho
             assert torch.equal(gradient, alone[name]), name
 
 
+@pytest.mark.parametrize("term", ["feature", "style"])
+def test_a_term_without_weight_is_not_computed(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = gradients_of_step(tiny("msg_gan_p", **{f"{term}_weight": 0.0}), 1)
+    monkeypatch.setattr(f"training.step.{term}_matching", lambda *_: pytest.fail("computed"))
+    collected, scalars = gradients_of_step(tiny("msg_gan_p", **{f"{term}_weight": 0.0}), 1)
+    assert f"loss/{term}" not in scalars
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in collected.items())
+
+
 def test_the_discriminators_update_leaves_no_gradient_at_the_autoencoder() -> None:
     """With all weights of the autoencoder's terms but L1 at zero, its gradient is that of L1 alone."""
     weights = {"feature_weight": 0.0, "style_weight": 0.0, "adversarial_weight": 0.0}

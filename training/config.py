@@ -67,7 +67,7 @@ class Output:
     """Stop when a larger share of the images seen did not decode."""
 
     def __post_init__(self) -> None:
-        least = {"keep_checkpoints": 1, "checkpoint_every": 0, "log_every": 0, "grid_every": 0, "epoch_images": 1}
+        least = {"keep_checkpoints": 1, "checkpoint_every": 0, "log_every": 1, "grid_every": 0, "epoch_images": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:

@@ -80,7 +80,7 @@ def pretrain(config: Config) -> None:
         Interrupted: If a signal asked the run to stop; its checkpoint is written.
     """
     recipe, runtime, (feed, out) = config.recipe, config.runtime, config.places
-    accelerator = create_accelerator(out, device=runtime.device, track=runtime.track)
+    accelerator = create_accelerator(out, device=runtime.device, track=runtime.track, sync_buffers=False)
     check_batch(recipe, runtime, accelerator.num_processes)
     source = feed.open()
     team = create_team(recipe, accelerator.device)

@@ -7,6 +7,7 @@ The values for ImageNet encoders are those of the paper and its release, filled 
 each technique's own paper; `training/README.md` lists the source of each.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -78,6 +79,8 @@ class Recipe:
         """For each field that can be wrong: whether it is right, and what it must be."""
         pixels = self.reconstruction in ("l1", "l2")
         return {
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers of at least 0 and below 1"),
             "mask_ratio": (0 < self.mask_ratio < 1, "between 0 and 1"),
             "loss_on": (pixels or self.loss_on == "image", f"image for --reconstruction {self.reconstruction}"),
             "norm_pix_loss": (
@@ -127,7 +130,8 @@ class AdversarialRecipe(Recipe):
     adversarial_weight: float = 0.7
     """w_adv: weight of the autoencoder's adversarial loss."""
     adaptive_weight: bool = False
-    """Multiply w_adv by the ratio of the two losses' gradients at the decoder's last layer (taming-transformers)."""
+    """Multiply w_adv by the ratio of the two losses' gradients at the decoder's last layer (taming-transformers). With
+    --compile this takes the autoencoder's whole backward pass twice more; without, next to nothing."""
     adversarial_start: int = 0
     """Steps before the discriminator starts; until then only the reconstruction is learned, at every scale."""
     feature_weight: float = 0.05
@@ -175,7 +179,8 @@ class AdversarialRecipe(Recipe):
     def _checks(self) -> dict[str, tuple[bool, str]]:
         phi_is_known = self.phi in ("discriminator", "snapshot") or self.phi.startswith("timm:")
         at_least_zero = ("adversarial_weight", "feature_weight", "style_weight", "r1_gamma")
-        above_zero = ("d_width", "d_lr", "r1_every", "path_every", "phi_refresh", "ada_images")
+        above_zero = ("d_lr", "r1_every", "path_every", "phi_refresh", "ada_images")
+        widths = (128, math.inf) if self.multi_scale else (1, 1024)  # beyond: the other kind's unit
         return {
             **super()._checks(),
             **{name: (getattr(self, name) >= 0, "at least 0") for name in (*at_least_zero, "adversarial_start")},
@@ -188,7 +193,15 @@ class AdversarialRecipe(Recipe):
             ),
             "d_clip_grad": (self.d_clip_grad is None or self.d_clip_grad > 0, "above 0"),
             "path_decay": (0 < self.path_decay <= 1, "above 0 and at most 1"),
-            "ada_target": (self.ada_target is None or -1 < self.ada_target < 1, "between -1 and 1"),
+            "d_width": (
+                widths[0] <= self.d_width <= widths[1],
+                "channels times resolution, at least 128, for several scales, and channels, at most 1024, for one",
+            ),
+            "d_betas": (all(0 <= beta < 1 for beta in self.d_betas), "two numbers of at least 0 and below 1"),
+            "ada_target": (
+                self.ada_target is None or (-1 < self.ada_target < 1 and self.adversarial_loss != "wgan_gp"),
+                "between -1 and 1, and none with --adversarial-loss wgan_gp, whose logits have no zero",
+            ),
         }
 
 

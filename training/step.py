@@ -217,12 +217,12 @@ def generator_terms(
     if recipe.adaptive_weight:
         last_layer = network.decoder.last_layer
         weight = weight * adaptive_weight(reconstruction, adversarial, last_layer, team.reduce_mean)
-    return {
-        "reconstruction": reconstruction,
-        "feature": recipe.feature_weight * feature_matching(fake_features, real_features),
-        "style": recipe.style_weight * style_matching(fake_features, real_features),
-        "adversarial": weight * adversarial,
-    }
+    terms = {"reconstruction": reconstruction}
+    if recipe.feature_weight:  # without weight it would cost its backward pass all the same
+        terms["feature"] = recipe.feature_weight * feature_matching(fake_features, real_features)
+    if recipe.style_weight:
+        terms["style"] = recipe.style_weight * style_matching(fake_features, real_features)
+    return terms | {"adversarial": weight * adversarial}
 
 
 def update_state(team: Team, adversary: Adversary, step: int) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ class NonFiniteGuard:
     """Stops updates, without a device synchronisation, from the first non-finite gradient or loss on.
 
     The fused optimisers skip a step whose `found_inf` is 1: it is set here and never cleared, so the weights stay those
-    of the last good step until the loop, at its next log line, reads `tripped` and stops the run.
+    of the last good step until the next log line, where the mean of what was not finite stops the run.
     """
 
     tripped: Tensor
@@ -217,7 +217,7 @@ def create_team(recipe: Recipe, device: torch.device, *, encoder: nn.Module | No
         encoder: What to train instead of a new `create_encoder`.
 
     Raises:
-        ValueError: If the recipe's model is unknown or cannot be pretrained.
+        ValueError: If the recipe's model is unknown or cannot be pretrained, or all its patches or none are hidden.
     """
     # float32 is what penalties on gradients ask for; by itself cuDNN rounds what it convolves to TF32's ten bits
     torch.backends.cudnn.allow_tf32 = False
@@ -256,6 +256,9 @@ def load_initial(team: Team) -> None:
 
 def _create_autoencoder(recipe: Recipe, encoder: nn.Module, device: torch.device) -> Player:
     network = build_from_recipe(encoder, recipe)
+    hidden = network.num_patches - int(network.num_patches * (1 - recipe.mask_ratio))
+    if not 0 < hidden < network.num_patches:
+        raise ValueError(f"--mask-ratio {recipe.mask_ratio} hides {hidden} of {network.num_patches} patches")
     init_mae_weights(network)
     avoid_slow_attention(network, recipe.precision, device)
     _move(network, device)

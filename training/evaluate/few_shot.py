@@ -43,7 +43,7 @@ def draw_shots(labels: Tensor, amount: str, generator: torch.Generator) -> Tenso
 
 
 def few_shot(train: Features, test: Features, amount: str, *, draws: int = 5, seed: int = 0) -> list[float]:
-    """Test accuracies, in [0, 1], of as many draws of a few training images.
+    """Test accuracies, in [0, 1], of as many draws of a few training images; of one where they are all there are.
 
     Args:
         train: Where the images are drawn from.
@@ -67,4 +67,6 @@ def few_shot(train: Features, test: Features, amount: str, *, draws: int = 5, se
             warnings.simplefilter("ignore", ConvergenceWarning)  # separable: the last digits do not decide
             classifier.fit(known[shots].numpy(), train.labels[shots].numpy())
         accuracies.append(float(classifier.score(tested, test.labels.numpy())))
+        if len(shots) == len(known):  # all there is: every draw would be the same
+            break
     return accuracies

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perceptual_mae_models.autoencoder import MaskedAutoencoder, random_masking, unpatchify
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, hidden_pixels, random_masking
 from perceptual_mae_models.reconstruction import middle
 from training.data.images import ImageSource
 from training.evaluate.features import load_views
@@ -75,13 +75,12 @@ def rebuild(
         noise = torch.stack([torch.rand(network.num_patches, generator=place) for place in places]).to(device)
         views = reconstruct(network, images.to(device), noise, recipe)
         mask = random_masking(noise, network.mask_ratio).mask  # (N, L)
-        pixels = mask.unsqueeze(-1).expand(-1, -1, network.patch_size**2)  # (N, L, p*p)
         yield Rebuilt(
             original=views["original"],
             masked=views["masked"],
             pasted=views["pasted"],
             rebuilt=views["rebuilt"],
-            hidden=unpatchify(pixels, network.patch_size, network.grid_size),  # (N, 1, H, W)
+            hidden=hidden_pixels(mask, network.patch_size, network.grid_size).float(),
         )
 
 

@@ -25,11 +25,12 @@ from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.checkpoint import load_checkpoint
 from training.run.clock import StepClock
 from training.run.engine import create_accelerator, require_same_step
-from training.run.folder import create_run_folder, find_checkpoint, versions
+from training.run.folder import create_run_folder, find_checkpoint, own_run_folder, versions
 from training.run.record import Intervals, RunRecord
 from training.run.schedule import create_scheduler
 from training.run.seeding import derive_seed
 from training.run.signals import Interrupted, StopRequest, ignore_in_workers
+from training.step import clip_gradient
 from training.team import NonFiniteGuard, Player, avoid_slow_attention
 
 
@@ -120,7 +121,7 @@ def fit(
 
     Raises:
         ValueError: If the batch cannot be shared.
-        RunError: If a loss is not finite.
+        RunError: If a loss is not finite, or somebody else's run goes on in the folder.
         ImageError: At an image that does not decode.
         Interrupted: If a signal asked the run to stop; its checkpoint is written.
     """
@@ -133,19 +134,20 @@ def fit(
         )
     checkpoint = find_checkpoint(out, description, resume=True)
     accelerator.wait_for_everyone()  # nobody may find the folder that this very run creates
-    if accelerator.is_main_process:
-        create_run_folder(out, {**description, "total_steps": schedule.steps, "versions": versions()})
-    accelerator.wait_for_everyone()
-    network = task.network.to(accelerator.device)
-    avoid_slow_attention(network, schedule.precision, accelerator.device)
-    ema = ModelEmaV3(network, decay=schedule.ema_decay) if schedule.ema_decay else None
-    modules = {"network": network} | ({"ema": ema.module} if ema else {})
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}
-    if checkpoint:
-        progress = load_checkpoint(checkpoint, modules, {"optimizer": task.optimizer})
-    require_same_step(accelerator, progress["step"])
-    if progress["step"] < schedule.steps:
-        progress = _optimise(task, schedule, out, engine, accelerator, modules, ema, progress)
+    with own_run_folder(out) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            create_run_folder(out, {**description, "total_steps": schedule.steps, "versions": versions()})
+        accelerator.wait_for_everyone()
+        network = task.network.to(accelerator.device)
+        avoid_slow_attention(network, schedule.precision, accelerator.device)
+        ema = ModelEmaV3(network, decay=schedule.ema_decay) if schedule.ema_decay else None
+        modules = {"network": network} | ({"ema": ema.module} if ema else {})
+        progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "broken": 0}
+        if checkpoint:
+            progress = load_checkpoint(checkpoint, modules, {"optimizer": task.optimizer})
+        require_same_step(accelerator, progress["step"])
+        if progress["step"] < schedule.steps:
+            progress = _optimise(task, schedule, out, engine, accelerator, modules, ema, progress)
     result = modules.get("ema", network).eval()
     # the last step leaves every process with batch statistics of its own; the checkpoint holds those of the first
     broadcast(list(result.buffers()))
@@ -190,9 +192,7 @@ def _optimise(
             torch.manual_seed(derive_seed(schedule.seed, "network", step, accelerator.process_index))
             scheduler.step_update(step)
             scalars = _accumulate(task, schedule, player, islice(parts, engine.micro_batches), engine, clock, device)
-            norm = nn.utils.clip_grad_norm_(
-                [p for p in network.parameters() if p.grad is not None], schedule.clip_grad or float("inf")
-            )
+            norm = clip_gradient(network.parameters(), schedule.clip_grad)
             guard.watch([norm, *scalars.values()], lambda value: accelerator.reduce(value, reduction="sum"))
             guard.withhold(optimizer)
             optimizer.step()

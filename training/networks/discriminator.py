@@ -98,7 +98,10 @@ class Epilogue(nn.Module):
 
     def forward(self, x: Tensor, parts: int) -> Tensor:
         """(N, C, h, w) -> (N,) float32."""
-        x = minibatch_stddev(x, math.gcd(x.shape[0] // parts, STDDEV_GROUP))
+        each = x.shape[0] // parts
+        # gcd alone would break a compiled graph, which takes batches of several sizes for symbols
+        group = STDDEV_GROUP if each % STDDEV_GROUP == 0 else math.gcd(each, STDDEV_GROUP)
+        x = minibatch_stddev(x, group)
         x = _rectify(self.conv(x))
         x = _rectify(self.gather(x))
         return self.logit(x).flatten().float()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from training.run.folder import RunError
 
@@ -30,13 +30,16 @@ def require_same_step(accelerator: Accelerator, step: int) -> None:
         raise RunError(f"processes found checkpoints of steps {steps.tolist()}: put the run's folder on a shared disk")
 
 
-def create_accelerator(out: Path, *, device: str = "auto", track: tuple[str, ...] = ()) -> Accelerator:
+def create_accelerator(
+    out: Path, *, device: str = "auto", track: tuple[str, ...] = (), sync_buffers: bool = True
+) -> Accelerator:
     """The engine, without mixed precision of its own: it would hide the float32 islands.
 
     Args:
         out: The run folder, where trackers write.
         device: "auto" or "cuda": a GPU where there is one; "cpu": none.
         track: Where metrics go besides `metrics.jsonl`.
+        sync_buffers: Send the first process's buffers to all before every pass; needless where they are constants.
 
     Raises:
         ValueError: If a GPU is asked for and there is none, or a tracker that is not installed.
@@ -50,7 +53,11 @@ def create_accelerator(out: Path, *, device: str = "auto", track: tuple[str, ...
         cpu=use_cpu,
         log_with=list(track) or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            # gradients stay where they were exchanged, without a copy beside them
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=sync_buffers),
+        ],
     )
     found = {str(tracker) for tracker in accelerator.log_with}  # accelerate leaves out what is not installed
     if missing := [name for name in track if name not in found]:

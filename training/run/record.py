@@ -163,8 +163,8 @@ class RunRecord:
         self.accelerator.log(self.metrics, step=self.step)
         if bad:
             raise RunError(
-                f"{', '.join(bad)} became non-finite between steps {step_then} and {self.step}; the last checkpoint is "
-                f"from before. {self.advice}"
+                f"{', '.join(bad)} became non-finite between steps {step_then} and {self.step}; the last checkpoint, if"
+                f" there is one, is from before. {self.advice}"
             )
         if self.broken > self.max_broken * self.step * self.batch_size:
             raise RunError(
