@@ -308,7 +308,7 @@ def test_a_folder_in_which_a_run_goes_on_is_refused(
 ) -> None:
     run, _ = straight
     with own_run_folder(run), pytest.raises(RunError, match="belongs to a run that is going on"):
-        tune(photos, run.parent)
+        tune(photos, run.parents[1])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(photos: Path, tmp_path: Path) -> None:
