@@ -506,7 +506,9 @@ def test_every_command_is_one_that_the_programs_understand(images: Path, tmp_pat
     commands += [evaluation(name, cell, place) for cell in judged.values() for name in evaluations(cell)]
     for command in commands:
         script = next(index for index, part in enumerate(command) if part.endswith("evaluate.py"))
-        tyro.cli(Options, args=command[script + 1 :])  # exits at a flag that does not exist
+        options = tyro.cli(Options, args=command[script + 1 :])  # exits at a flag that does not exist
+        if size := options.finetune.batch_size:
+            assert size % (2 * place.processes) == 0  # every process mixes pairs
     flags = {cell.flags: cell for cell in cells if cell.flags}
     assert len(flags) == 11
     for cell in flags.values():

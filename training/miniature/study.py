@@ -35,7 +35,7 @@ FINETUNED = {
     "finetune": ("--finetune.epochs", "10", "--finetune.precision", "bf16"),
     FEW_LABELS: (
         *("--train-images", "100", "--finetune.epochs", "300"),
-        *("--finetune.batch-size", "50", "--finetune.precision", "bf16"),
+        *("--finetune.batch-size", "20", "--finetune.precision", "bf16"),
     ),
 }
 """Evaluations that fine-tune on Imagenette, by name."""
