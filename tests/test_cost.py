@@ -3,11 +3,12 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from training import pretrain
+from training import benchmark, pretrain, scale
 from training.benchmark import kinds_of_step
 from training.cost import _count_kept, count_gflop, matmul_peak, measure_cost
 from training.recipes import METHODS, mae, stylegan2_ada_p
@@ -140,3 +141,27 @@ def test_every_method_has_a_recipe_for_every_model(model: str) -> None:
         if model != "vit_pico_patch8_pmae" and name != "debug":
             assert (recipe.epochs, recipe.batch_size, recipe.blr, recipe.betas) == (300, 4096, 1.5e-4, (0.9, 0.95))
             assert (recipe.mask_ratio, recipe.decoder_dim, recipe.decoder_depth) == (0.75, 512, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("mea",)}, "--methods mea: there are mae, ms_ssim"),
+        ({"rounds": 0}, "--rounds is 0"),
+        ({"processes": 2, "methods": ("mae", "ms_ssim")}, "--processes compares one method"),
+        ({"processes": 2, "baseline": True}, "--processes compares one method"),
+    ],
+)
+def test_what_cannot_be_timed_is_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        benchmark.main(benchmark.Options(**options))
+
+
+def test_tables_that_cannot_be_read_or_placed_are_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"scale\.py: .*none\.md"):
+        scale.main(scale.Assumptions(), counted=tmp_path / "none.md")
+    document = tmp_path / "document.md"
+    document.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        scale.main(scale.Assumptions(), counted=Path(scale.__file__).with_name("SCALE.md"), into=document)
+    assert document.read_text() == "no markers"

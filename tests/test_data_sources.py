@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
@@ -123,6 +124,34 @@ def test_folders_inside_several_tars_are_classes(tmp_path: Path) -> None:
     assert len(ImageSource(tmp_path)) == 1, "tars beside images are not shards"
 
 
+def test_tars_of_the_same_name_keep_their_own_names_and_labels(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"tr{number}").mkdir()
+        members = [("000.png", png(number)), ("000.cls", str(number).encode())]
+        write_tar(tmp_path / f"tr{number}" / "00000.tar", members)
+    source = ImageSource(f"{tmp_path}/tr{{0..1}}/00000.tar")
+    assert [(source.name(i), source.labels[i]) for i in range(2)] == [
+        ("tr0/00000.tar/000.png", 0), ("tr1/00000.tar/000.png", 1)
+    ]  # fmt: skip
+    for number in range(2):
+        write_tar(tmp_path / f"tr{number}" / "00000.tar", [(f"class{number}/000.png", png(number))])
+    source = ImageSource(f"{tmp_path}/tr{{0..1}}/00000.tar")
+    assert (source.classes, list(source.labels)) == (["class0", "class1"], [0, 1])
+
+
+def test_a_folder_that_cannot_be_read_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("class1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="class1"):
+        ImageSource(photos)
+
+
 def test_shards_in_forked_workers_are_those_in_this_process(shards: Path) -> None:
     source = ImageSource(shards)
     views = RandomViews(source, (16, 16), (0.2, 1.0), seed=0)
@@ -192,6 +221,15 @@ def test_hugging_face_splits_columns_and_refusals(datasets: Any, rows: Any, tmp_
     assert len(ImageSource(f"hf:{tmp_path}/saved", split="test")) == 3
     with pytest.raises(ValueError, match="split other"):
         ImageSource(f"hf:{tmp_path}/saved", split="other")
+    alone = datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(1), "path": None}] * 2, "label": [0, None]}, split="train"
+    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["only"])})
+    alone.cast(features).save_to_disk(str(tmp_path / "alone"))
+    source = ImageSource(f"hf:{tmp_path}/alone", split="train")
+    assert ([source.name(index) for index in range(2)], list(source.labels)) == (["only/00000000", "00000001"], [0, -1])
+    with pytest.raises(ValueError, match="split test: it was saved as the split train alone"):
+        ImageSource(f"hf:{tmp_path}/alone", split="test")
     two = rows.add_column("mask", rows.cast_column("image", datasets.Image(decode=False))["image"])
     two.cast_column("mask", datasets.Image()).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(ValueError, match="several image columns, choose one: image, mask"):

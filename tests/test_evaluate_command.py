@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from training.data.images import ImageSource, keep_some
-from training.evaluate.command import describe_settings, evaluate, main
+from training.evaluate.command import add_results, describe_settings, evaluate, main
 from training.evaluate.detection import DetectionSettings
 from training.evaluate.finetune_recipe import FineTuneSettings
 from training.evaluate.intervals import share_interval
@@ -141,6 +141,20 @@ def test_a_second_command_adds_to_what_the_first_one_found(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="figures of other settings"):
         evaluate(options(tmp_path, **sets, settings=Settings(k=(2,), shots=("1",), draws=2)))
     assert read_results(tmp_path / "out" / "results.json") == found
+
+
+def test_figures_take_the_place_of_their_own_kind_and_only_when_they_are_all() -> None:
+    def shift(classifier: str, setting: str) -> dict[str, Any]:
+        return {"model": "a", "protocol": "shift", "setting": setting, "detail": {"classifier": classifier}}
+
+    tuned = [shift("fine-tuned", "clean"), shift("fine-tuned", "fog")]
+    found = {"results": [shift("linear", "old"), *tuned]}
+    add_results(found, [shift("linear", "clean")], ended=False)
+    assert found["results"] == [shift("linear", "old"), *tuned]
+    add_results(found, [shift("linear", "clean")], ended=True)
+    assert found["results"] == [*tuned, shift("linear", "clean")]
+    add_results(found, [{**shift("linear", "clean"), "model": "b"}], ended=False)
+    assert len(found["results"]) == 4
 
 
 def test_settings_are_those_of_the_protocols_that_run(tmp_path: Path) -> None:

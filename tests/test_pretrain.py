@@ -221,6 +221,8 @@ def test_runs_are_compared_on_the_same_images(photos: Path, straight: Path, tmp_
     assert np.array_equal(one[shown], original[shown])
     with pytest.raises(SystemExit, match="a run writes it at its end"):
         compare.main((tmp_path,))
+    with pytest.raises(SystemExit, match="--count is 9: without --data there are 6 photographs"):
+        compare.main((straight,), count=9)
     for wrong in ({"data": tmp_path / "nowhere"}, {"out": tmp_path / "nowhere" / "out.png"}):
         with pytest.raises(SystemExit, match=r"compare\.py: .*nowhere"):
             compare.main((straight,), **wrong)

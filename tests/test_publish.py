@@ -82,10 +82,9 @@ def test_drift_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         hub_configs.main(tmp_path, check=True)
     for name in (f"{EMBEDDED}/config.json", "vit_tiny_patch16_pmae.mae_in1k/README.md", "surplus/README.md"):
         assert name in str(caught.value)
-    (tmp_path / "surplus" / "model.safetensors").touch()
-    with pytest.raises(SystemExit, match="surplus holds weights"):
-        hub_configs.main(tmp_path)
-    (tmp_path / "surplus" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="holds surplus, no registered tags: take them away"):
+        hub_configs.main(tmp_path)  # a folder given by mistake is not emptied
+    shutil.rmtree(tmp_path / "surplus")
     hub_configs.main(tmp_path)
     assert hub_configs.find_drift(tmp_path) == []
 
@@ -340,6 +339,24 @@ def test_a_run_becomes_files_of_the_package(run: Path, tmp_path: Path) -> None:
         content = (tmp_path / file).read_bytes()
         assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
         assert entry["dtype"] == "float32"
+
+
+def test_an_export_that_fails_leaves_what_was_there(run: Path, tmp_path: Path) -> None:
+    for layout in ("package", "repository"):
+        export.main(str(run), name=OWN, to=tmp_path, layout=layout, **OWN_FACTS)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    results = (EVALUATION / "cifar10" / "results.json",)  # of other weights
+    for layout in ("package", "repository"):
+        with pytest.raises(SystemExit, match="no figures of these weights"):
+            export.main(str(run), name=OWN, to=tmp_path, layout=layout, dtype="float32", results=results, **OWN_FACTS)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_card_says_the_size_that_timm_resizes_to() -> None:
+    for name in (EMBEDDED, "vit_base_patch16_pmae.mae_in1k"):
+        card = (hub_configs.HERE / name / "README.md").read_text()
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=facts_of(name).to_dict()))
+        assert f"Images are resized to {transform.transforms[0].size} pixels" in card
 
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:

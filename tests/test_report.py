@@ -312,6 +312,14 @@ def test_other_weights_or_figures_by_the_same_name_stay_apart(tmp_path: Path) ->
     b["results"][0]["fingerprint"] = "of other weights"
     assert len(write(tmp_path, a, b).shown("summary-1")) == 2
     assert len(write(tmp_path, a, copy.deepcopy(a)).shown("summary-1")) == 1
+    for file, weights in ((a, "aaaa"), (b, "bbbb")):
+        file["results"] = [result(OURS, "finetune", f"{weights} epochs", 0.4)]  # of which only the file says whose
+        del file["results"][0]["fingerprint"]
+        file["models"] = {OURS: {"weights": weights}}
+    assert len(write(tmp_path, a, b).shown("summary-1")) == 2
+    b["models"][OURS]["weights"] = "aaaa"
+    b["models"][OURS]["weights"], a["results"] = "aaaa", [result(OURS, "segmentation", "", 0.4, metric="miou")]
+    assert {row for _, row, _ in write(tmp_path, a, b).shown("summary-1")} == {OURS}
 
 
 def test_other_settings_are_told(tmp_path: Path) -> None:
@@ -333,7 +341,8 @@ def test_duplicates_are_told(tmp_path: Path) -> None:
     rows = [result("a", "knn", "k=20", 0.4)]
     found = {"images": 3, "first": ["val/x.png", "train/y.png"], "compared": [10, 20]}
     text = write(tmp_path, content(rows, duplicates=found)).text
-    assert "3 test images are, byte for byte, training images, such as val/x.png and train/y.png." in text
+    told = "3 of 10 test images that were compared with 20 training images are, byte for byte, among these, such as"
+    assert f"{told} val/x.png and train/y.png." in text
     assert "byte for byte" not in write(tmp_path, content(rows, duplicates={**found, "images": 0})).text
 
 
@@ -439,10 +448,13 @@ def test_pictures_are_in_the_page(tmp_path: Path) -> None:
         ("pictures/gone.png", "pictures/gone.png is missing"),
         ("results.json", "results.json cannot be read"),
         ("../secret.png", "../secret.png lies outside the folder of results.json"),
+        ("program.png", "program.png cannot be read: is PostScript"),
     ],
 )
 def test_a_picture_that_cannot_be_shown_is_told(tmp_path: Path, picture: str, problem: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "0").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "0" / "program.png", "EPS")
     page = write(tmp_path, content([result("a", "shift", "clean", 0.4, picture=picture)]))
     assert f"Picture not shown: {problem}" in page.text
     assert not [tag for tag, _ in page.tags if tag == "img"]
@@ -502,6 +514,27 @@ def test_the_main_figures_of_several_data_sets_are_one_markdown_table(tmp_path: 
     assert rows[1][3:] == [""] * (len(head) - 3)
     with pytest.raises(SystemExit, match="--features chooses rows of a table"):
         main(tuple(files), tmp_path / "report.html", "avg")
+    with pytest.raises(SystemExit, match="--features mean: no model has these; there are avg, cls"):
+        main(tuple(files), out, "mean")
+
+
+def test_no_data_set_takes_the_place_of_another_of_the_same_folder_name(tmp_path: Path) -> None:
+    files = []
+    for name in ("cifar", "flowers"):
+        found = content([result(OURS, "knn", "k=20", 0.5, features="avg"), result(OURS, "segmentation", "", 0.4)])
+        found["data"] |= {"test": {"name": name, "images": 9, "fingerprint": name}}
+        found["data"] |= {"segmentation": {"name": f"{name} masks", "images": 9, "fingerprint": f"{name} masks"}}
+        files.append(tmp_path / name / "evaluation" / "results.json")
+        files[-1].parent.mkdir(parents=True)
+        files[-1].write_text(json.dumps(found))
+    main(tuple(files), tmp_path / "table.md")
+    text = (tmp_path / "table.md").read_text()
+    titles = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if OURS in line]
+    assert sorted(titles) == [f"evaluation: {name}" for name in titles_of(text)]
+
+
+def titles_of(text: str) -> list[str]:
+    return sorted(line.split(" | ")[0].removeprefix("| evaluation: ") for line in text.splitlines() if OURS in line)
 
 
 def test_the_front_page_shows_the_committed_results() -> None:

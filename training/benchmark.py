@@ -286,6 +286,8 @@ def compare_processes(options: Options) -> dict[str, Any]:
     arguments = ["--methods", *options.methods, "--model", options.model, "--batch-size", str(options.batch_size)]
     arguments += ["--precision", options.precision, "--device", "cpu", "--rounds", "3", "--no-memory"]
     arguments += ["--compile"] if options.compile else []
+    arguments += ["--grad-checkpointing"] if options.grad_checkpointing else []
+    arguments += [] if options.d_width is None else ["--d-width", str(options.d_width)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
     for _ in range(options.rounds):
         for name, launch, threads in zip(speeds, ([], launcher), (options.processes, 1), strict=True):
@@ -329,6 +331,12 @@ def show(measured: dict[str, Any]) -> str:
 
 def main(options: Options) -> None:
     """Measure, print and write."""
+    if unknown := [method for method in options.methods if method not in METHODS]:
+        raise SystemExit(f"benchmark.py: --methods {', '.join(unknown)}: there are {', '.join(METHODS)}")
+    if options.rounds < 1:
+        raise SystemExit(f"benchmark.py: --rounds is {options.rounds}: it must be at least 1")
+    if options.processes > 1 and (len(options.methods) > 1 or options.baseline or options.data):
+        raise SystemExit("benchmark.py: --processes compares one method, without --baseline and --data")
     if options.processes > 1:
         measured = compare_processes(options)
         print(json.dumps(measured, indent=2))

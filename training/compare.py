@@ -62,6 +62,8 @@ def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: 
         source = ImageSource(data)
         images = [source.load(index) for index in range(min(count, len(source)))]
     else:
+        if count > len(REBUILT):
+            raise ValueError(f"--count is {count}: without --data there are {len(REBUILT)} photographs")
         found = photographs()
         images = [found[name] for name in REBUILT[:count]]
     batch = torch.stack([middle(image, (height, width)) for image in images])  # (N, 3, H, W)

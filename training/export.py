@@ -15,6 +15,7 @@ records figures of `training/evaluate.py`.
 
 import json
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,27 +80,25 @@ def main(
         features: Whose figures to record.
     """
     try:
-        for file in results:  # before anything is written
-            read_evaluation(file)
-        if Path(source).is_dir():
-            if not (name and data_terms and hardware):
-                raise ValueError("a run needs --name, --data-terms and --hardware")
-            cfg = facts_of_run(Path(source), name, repo, license, data_title)
-            targets = (to / name / WEIGHTS, to / name / DECODER)
-            if layout == "package":
-                targets = (to / f"{name}.safetensors", to / f"{name}.decoder.safetensors")
-            said = {"terms": data_terms, **({"title": data_title} if data_title else {})}
-            weights = export_run(Path(source), name, targets, said, hardware, dtype)
-        elif embedded := open_embedded_weights(source):
-            cfg, weights = facts_of_tag(source, repo), embedded
-        else:
-            raise ValueError(f"{source} is neither a run folder nor a tag whose weights are in the package")
-        if results:
-            # as they are, rounded, and as the run wrote them
-            known = {fingerprint_of(weights.encoder, weights.name), weights.provenance.get("weights", "")}
-            weights.provenance["results"] = [row for file in results for row in read_results(file, known, features)]
-        as_package = layout == "package"
-        written = write_package_files(weights, to) if as_package else write_repository(cfg, weights, to / weights.name)
+        with tempfile.TemporaryDirectory() as folder:  # nothing is written to `to` before all of it can be
+            if Path(source).is_dir():
+                if not (name and data_terms and hardware):
+                    raise ValueError("a run needs --name, --data-terms and --hardware")
+                cfg = facts_of_run(Path(source), name, repo, license, data_title)
+                said = {"terms": data_terms, **({"title": data_title} if data_title else {})}
+                weights = export_run(Path(source), name, Path(folder), said, hardware, dtype)
+            elif embedded := open_embedded_weights(source):
+                cfg, weights = facts_of_tag(source, repo), embedded
+            else:
+                raise ValueError(f"{source} is neither a run folder nor a tag whose weights are in the package")
+            if results:
+                # as they are, rounded, and as the run wrote them
+                known = {fingerprint_of(weights.encoder, weights.name), weights.provenance.get("weights", "")}
+                weights.provenance["results"] = [row for file in results for row in read_results(file, known, features)]
+            as_package = layout == "package"
+            written = (
+                write_package_files(weights, to) if as_package else write_repository(cfg, weights, to / weights.name)
+            )
     except (OSError, ValueError) as error:
         raise SystemExit(f"export.py: {error}") from error
     print("\n".join(f"wrote {path}" for path in written))
@@ -154,21 +153,19 @@ def facts_of_run(
     return facts_of_tag(name, repo)
 
 
-def export_run(
-    run: Path, name: str, targets: tuple[Path, Path], said: dict[str, str], hardware: str, dtype: str
-) -> Weights:
-    """Write a run's encoder and decoder to two files and describe them; `said` is what its images are said to be.
+def export_run(run: Path, name: str, folder: Path, said: dict[str, str], hardware: str, dtype: str) -> Weights:
+    """Write a run's encoder and decoder to a folder and describe them; `said` is what its images are said to be.
 
     Raises:
         FileNotFoundError: If the run has not ended.
         ValueError: If the weights cannot be held in `dtype`.
     """
     description = json.loads((run / "recipe.json").read_text())
+    targets = folder / WEIGHTS, folder / DECODER
     for part, target in zip(("encoder", "decoder"), targets, strict=True):
         source = run / f"{part}.safetensors"
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such file; a run writes it at its end")
-        target.parent.mkdir(parents=True, exist_ok=True)
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata()
         state = {key: tensor.to(getattr(torch, dtype)) for key, tensor in load_file(source).items()}

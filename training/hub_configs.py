@@ -4,7 +4,6 @@ python training/hub_configs.py            # write
 python training/hub_configs.py --check    # exit with 1 and name the files that are not what the code says
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -46,10 +45,8 @@ def main(folder: Path = HERE, check: bool = False) -> None:
         if drift := find_drift(folder):
             raise SystemExit("hub_configs.py: not up to date: " + ", ".join(drift))
         return
-    for name in {path.name for path in folder.glob("*")} - set(registered_tags()):
-        if any((folder / name).glob("*.safetensors")):
-            raise SystemExit(f"hub_configs.py: {folder / name} holds weights and is no registered tag's: move it away")
-        shutil.rmtree(folder / name)
+    if others := sorted({path.name for path in folder.glob("*") if path.is_dir()} - set(registered_tags())):
+        raise SystemExit(f"hub_configs.py: {folder} holds {', '.join(others)}, no registered tags: take them away")
     generate(folder)
 
 

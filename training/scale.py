@@ -339,12 +339,18 @@ def main(
         into: Also put the tables into this document, between its two markers.
     """
     keys = [(size, method) for size in RUNS for method in RUNS[size]]
-    costs = read_counts(counted.read_text()) if counted else {k: count(METHODS[k[1]](ENCODERS[k[0]])) for k in keys}
-    tables = report(costs, assumptions)
-    print(tables)
-    if into:
-        before, rest = into.read_text().split(BEGIN)
-        into.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}")
+    try:
+        costs = read_counts(counted.read_text()) if counted else {k: count(METHODS[k[1]](ENCODERS[k[0]])) for k in keys}
+        tables = report(costs, assumptions)
+        print(tables)
+        if into:
+            before, begin, rest = into.read_text().partition(BEGIN)
+            _, end, after = rest.partition(END)
+            if not (begin and end):
+                raise ValueError(f"{into} lacks the markers {BEGIN} and {END}")
+            into.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"scale.py: {error}") from error
 
 
 if __name__ == "__main__":

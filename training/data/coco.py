@@ -29,6 +29,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from training.data.images import ImageSource
+from training.data.readers import refuse
 from training.data.tars import read_index
 
 Json = dict[str, Any]
@@ -52,7 +53,7 @@ class _Folder:
         self.root = root
 
     def names(self) -> list[str]:
-        walk = os.walk(self.root, followlinks=True)
+        walk = os.walk(self.root, onerror=refuse, followlinks=True)
         return [Path(folder, file).relative_to(self.root).as_posix() for folder, _, files in walk for file in files]
 
     def size(self, name: str) -> int:

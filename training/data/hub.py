@@ -34,7 +34,10 @@ def load_hub_dataset(spec: str, split: str, *, streaming: bool) -> Any:
     try:
         if any(path.exists() for path in saved):
             stored = datasets.load_from_disk(spec)
-            found = stored[split] if isinstance(stored, datasets.DatasetDict) else stored
+            if isinstance(stored, datasets.DatasetDict):
+                found = stored[split]
+            elif (found := stored).split not in (None, split):
+                raise ValueError(f"it was saved as the split {found.split} alone: say so")
             return found.to_iterable_dataset(num_shards=len(found.cache_files)) if streaming else found
         options: dict[str, Any] = {"split": split, "streaming": streaming}
         if name not in BUILDERS:
@@ -117,7 +120,8 @@ class HubReader:
         self.spec, self.all_labelled = spec, labelled
         labelled = [label_column] if label_column else labelled
         self.classes: list[str] = rows.features[labelled[0]].names if len(labelled) == 1 else []
-        self._labels: list[int] = list(rows[labelled[0]]) if self.classes else []
+        labels = rows[labelled[0]] if self.classes else []
+        self._labels: list[int] = [-1 if label is None else label for label in labels]
         self.rows, self.column = rows.select_columns([chosen]), chosen
 
     def __len__(self) -> int:

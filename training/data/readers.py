@@ -76,9 +76,14 @@ class FolderReader:
         return (self.root / self.names[index]).read_bytes()
 
 
+def refuse(error: OSError) -> None:
+    """Of a folder that cannot be read: without its images, the data would be others without a word."""
+    raise error
+
+
 def _walk(root: Path) -> Iterator[str]:
     """Paths below a folder of its images. A link to a folder above it would be followed for ever, and is refused."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         for link in (Path(folder, name) for name in subfolders):
             if link.is_symlink() and link.resolve() in (here := Path(folder).resolve(), *here.parents):
                 raise ValueError(f"{link} leads back to a folder that it lies in: take the link away")

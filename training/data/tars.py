@@ -120,6 +120,16 @@ def expand_braces(pattern: str) -> list[str]:
     return [part for number in numbers for part in expand_braces(f"{before}{number}{after}")]
 
 
+def _tell_apart(tars: list[Path]) -> list[str]:
+    """What stands before the names of a tar's members: of several tars its name, or its path where names are equal."""
+    if len(tars) == 1:
+        return [""]
+    if len({tar.name for tar in tars}) == len(tars):
+        return [f"{tar.name}/" for tar in tars]
+    common = os.path.commonpath([tar.parent for tar in tars])
+    return [f"{tar.relative_to(common).as_posix()}/" for tar in tars]
+
+
 class TarReader:
     """The images of one or more tars: tar by tar, in natural order inside each.
 
@@ -135,6 +145,7 @@ class TarReader:
 
     def __init__(self, tars: list[Path]) -> None:
         self.tars = tars
+        self._prefixes = _tell_apart(tars)
         self.names: list[str] = []
         self._label_files: dict[str, tuple[int, int, int]] = {}
         places = []
@@ -167,7 +178,7 @@ class TarReader:
         """Names of the folders inside the tars, or the numbers in the .cls members."""
         if self._label_files:
             return [str(number) for number in range(max(self.labels) + 1)]
-        return number_classes([self._folder(name) for name in self.names])[0]
+        return number_classes(self._folders())[0]
 
     @property
     def labels(self) -> list[int]:
@@ -177,7 +188,7 @@ class TarReader:
             ValueError: If an image has no .cls member while others do.
         """
         if not self._label_files:
-            return number_classes([self._folder(name) for name in self.names])[1]
+            return number_classes(self._folders())[1]
         try:
             return [int(self._read(*self._label_files[_sample_key(name)])) for name in self.names]
         except KeyError as error:
@@ -186,12 +197,14 @@ class TarReader:
             raise ValueError(f"{self.tars[0]}: a label (.cls) is no whole number: {error}") from error
 
     def _qualified(self, tar: int, name: str) -> str:
-        name = name.removeprefix("./")
-        return name if len(self.tars) == 1 else f"{self.tars[tar].name}/{name}"
+        return self._prefixes[tar] + name.removeprefix("./")
 
-    def _folder(self, name: str) -> str:
-        folders = name.split("/")[:-1] if len(self.tars) == 1 else name.split("/")[1:-1]
-        return folders[-1] if folders else ""
+    def _folders(self) -> list[str]:
+        inside = (
+            name.removeprefix(self._prefixes[tar])
+            for name, tar in zip(self.names, self.places[:, 0].tolist(), strict=True)
+        )
+        return [name.rpartition("/")[0].rpartition("/")[2] for name in inside]
 
     def _read(self, tar: int, offset: int, size: int) -> bytes:
         # opened anew for every image: thousands of shards would exceed the limit of open files

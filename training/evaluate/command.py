@@ -176,32 +176,41 @@ def evaluate(options: Options) -> dict[str, Any]:
     on_images = (judge_features, judge_finetuned, judge_reconstruction)
     judges: list[Callable[[str], Iterator[Result]]] = [partial(j, sources=sources, options=options) for j in on_images]
     judges.append(partial(judge_dense, dense=dense, options=options))
-    renewed: set[tuple[str, str]] = set()
     for name, judge in itertools.product(options.models, judges):
+        results: list[Result] = []
+        ended = False
         try:
             for result in judge(name):
-                add_result(found, result, renewed)
+                results.append(result)
                 if writes:
                     print(show(result), flush=True)
+            ended = True
         finally:  # what is found stays, whatever happens next
-            if writes and any(model == name for model, _ in renewed):
+            add_results(found, results, ended=ended)
+            if writes and results:
                 write(found, options.out)
     return found
 
 
-def add_result(found: dict[str, Any], result: Result, renewed: set[tuple[str, str]]) -> None:
-    """Put a figure in place of those that an earlier command left of the same model and protocol.
+def add_results(found: dict[str, Any], results: list[Result], *, ended: bool) -> None:
+    """Put figures in place of those that an earlier command left of the same models, protocols and classifiers.
 
     Args:
         found: The content of results.json.
-        result: The figure.
-        renewed: Models and protocols whose earlier figures are gone.
+        results: The figures.
+        ended: Whether they are all; if not, those of an earlier command stay, which may have ended.
     """
-    key = result["model"], result["protocol"]
-    if key not in renewed:
-        renewed.add(key)
-        found["results"] = [row for row in found["results"] if (row["model"], row["protocol"]) != key]
-    found["results"].append(result)
+
+    def kind(result: Result) -> tuple[str, ...]:
+        return result["model"], result["protocol"], str(result["detail"].get("classifier"))
+
+    if ended:
+        new = set(map(kind, results))
+        found["results"] = [result for result in found["results"] if kind(result) not in new]
+    else:
+        old = set(map(kind, found["results"]))
+        results = [result for result in results if kind(result) not in old]
+    found["results"] += results
 
 
 def keep_earlier(found: dict[str, Any], options: Options) -> None:

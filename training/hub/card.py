@@ -1,6 +1,7 @@
 """The model card of a tag: Markdown with the Hub's metadata, made of the run's own JSON and timm's facts."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ extractor = perceptual_mae_models.FeatureExtractor("hf-hub:{repository}", pool="
 ```
 """
     yield (
-        f"Images are resized to {side / cfg.crop_pct:.0f} pixels ({cfg.interpolation}), cropped to {side} x {side}, and"
+        f"Images are resized to {math.floor(side / cfg.crop_pct)} pixels ({cfg.interpolation}), cropped to"
+        f" {side} x {side}, and"
         ' standardised with ImageNet\'s mean and deviation. The mean of patch tokens (`pool="avg"`) or class token and'
         " mean together (`cls+avg`) usually serve better than the class token, which nothing was trained on.\n"
     )

@@ -30,6 +30,7 @@ from training.miniature.study import (
     CLOCK,
     EVALUATIONS,
     FLOORS,
+    LABELLED_PHI,
     MODEL,
     NETWORKS,
     REMEDIES,
@@ -105,7 +106,7 @@ def gather(found: Results, part: Part, images: str, shown: Callable[[Column], bo
             column=column,
             value=summarise(values[arm, column]),
             setting="",
-            ranked=arm not in FLOORS and not (column.protocol == "reconstruction" and arm in helped),
+            ranked=arm not in (*FLOORS, LABELLED_PHI) and not (column.protocol == "reconstruction" and arm in helped),
         )
         for arm, column in order
     }
@@ -200,17 +201,17 @@ def describe_part(found: Results, part: Part) -> Iterator[str]:
         for shown in (judges_features, judges_images, judges_dense):
             figures = gather(found, part, images, shown)
             if any(column.protocol != "pretraining" for _, column in figures):
-                yield write_tables({images: tabulate(figures)}, "images")
+                yield write_tables([(images, tabulate(figures))], "images")
 
 
 def describe_front(found: Results) -> str:
     """The table of the repository's front page: of equal epochs, and of long runs where there are any."""
-    tables = {}
+    tables = []
     for part in ("epochs", "long"):
         figures = gather(found, part, "imagenette", lambda column: column in FRONT)
         wanted = {key: figure for key, figure in figures.items() if key[1].metric not in ("epochs", "GFLOP an image")}
         if cells_of(found, part):
-            tables[f"{TABLES[part].epochs:g} epochs"] = tabulate(wanted)
+            tables.append((f"{TABLES[part].epochs:g} epochs", tabulate(wanted)))
     return write_tables(tables, "learned for")
 
 

@@ -26,7 +26,7 @@ from training.miniature.report import CURVES, describe_front, describe_study, dr
 from training.miniature.study import Cell
 from training.report.page import write_report as write_page
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 FINDINGS = "findings.md"
 """What the figures say, by hand; beside results/."""
 FRONT_PAGE = HERE.parents[1] / "README.md"
@@ -126,6 +126,8 @@ def main(
         if not report_only:
             if data is None or fashion_mnist is None:
                 raise ValueError("give --data and --fashion-mnist, or --report-only, or --list")
+            if shorten and out.resolve() == HERE:
+                raise ValueError("--shorten is a try, whose results are none of the study's: give another --out")
             place = Place(
                 data=data.resolve(),
                 fashion=fashion_mnist.resolve(),
@@ -141,7 +143,7 @@ def main(
                 partial.replace(results / f"{cell.name}.json")
                 write_report(found, out)
         print(write_report(found, out))
-        if out == HERE:
+        if out.resolve() == HERE:
             write_front(found)
             write_cards(found)
         if html:

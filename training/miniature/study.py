@@ -109,6 +109,8 @@ REMEDIES = (
 )
 """What may help `ls_gan_p`, with the weights taken for it, and the controls it is to be held against."""
 
+LABELLED_PHI = "labelled_phi"
+"""No method: it shows what better features would give."""
 CAUSES = (
     Arm(
         name="no_features",
@@ -125,7 +127,7 @@ CAUSES = (
         tried_with="ls_gan_p",
     ),
     Arm(
-        name="labelled_phi",
+        name=LABELLED_PHI,
         method="ls_gan_p",
         flags=("--phi", "timm:tf_efficientnet_lite0", "--phi-file", LITE0),
         trials=WEIGHTS,

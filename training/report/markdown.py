@@ -1,7 +1,7 @@
 """The figures that stand for each protocol as one Markdown table, for a README."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,28 @@ from training.report.tables import Cell, Figures, Table, build_table, list_headl
 def markdown_report(found: Sequence[tuple[Path, Any]], features: str = "") -> str:
     """Every data set's summary in one Markdown table, each called as the folder of its results.json.
 
+    Where several have a folder of that name, or one file is about several, the images' names follow.
+
     Args:
         found: Every `results.json`'s path and content.
         features: The representation to show, of models that have it. Empty: all.
 
     Raises:
-        ValueError: If a file is not what `training/evaluate.py` writes, or contradicts itself.
+        ValueError: If a file is not what `training/evaluate.py` writes, or contradicts itself, or no model has the
+            features.
     """
-    sources = [source for path, content in found for source in parse(path, content)]
-    tables = {}
-    for group in group_sources(sources):
-        figures = keep_features(place_figures(group), features)
-        title = ", ".join(dict.fromkeys(source.path.resolve().parent.name for source in group))
-        columns = list_headlines(dict.fromkeys(column for _, column in figures))
-        tables[title] = build_table(figures, columns, on_side=False)
+    groups = group_sources([source for path, content in found for source in parse(path, content)])
+    folders = [", ".join(dict.fromkeys(source.path.resolve().parent.name for source in group)) for group in groups]
+    placed = [place_figures(group) for group in groups]
+    known = {entry.features for figures in placed for entry, _ in figures} - {""}
+    if features and features not in known:
+        raise ValueError(f"--features {features}: no model has these; there are {', '.join(sorted(known)) or 'none'}")
+    tables = []
+    for group, folder, figures in zip(groups, folders, placed, strict=True):
+        kept = keep_features(figures, features)
+        columns = list_headlines(dict.fromkeys(column for _, column in kept))
+        title = folder if folders.count(folder) == 1 else f"{folder}: {group[0].title}"
+        tables.append((title, build_table(kept, columns, on_side=False)))
     return write_tables(tables, "images")
 
 
@@ -39,15 +47,15 @@ def keep_features(figures: Figures, features: str) -> Figures:
     }
 
 
-def write_tables(tables: Mapping[str, Table], corner: str) -> str:
+def write_tables(tables: Sequence[tuple[str, Table]], corner: str) -> str:
     """Tables below each other; in one, as long as their columns are the same.
 
     Args:
-        tables: By what stands before the first row of each.
+        tables: Each with what stands before its first row.
         corner: Heading of these names.
     """
     parts = []
-    for _, same in itertools.groupby(tables.items(), key=lambda item: item[1].heads):
+    for _, same in itertools.groupby(tables, key=lambda item: item[1].heads):
         rows = list(same)
         names = [corner, rows[0][1].corner, *_column_names(rows[0][1])]
         lines = [_row(names), _row(["---"] * len(names))]

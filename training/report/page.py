@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from perceptual_mae_models.images import refuse_programs
 from training.report.plots import Plot, draw_plots, draw_swatch
 from training.report.results import Part, Source, flatten, group_sources, list_differences, parse, place_figures
 from training.report.tables import Entry, Figures, Protocol, Table, build_table, find_protocol, list_headlines
@@ -138,6 +139,7 @@ def _load(folder: Path, name: str, caption: str) -> Picture:
         return Picture(caption, "", problem=f"{name} lies outside the folder of results.json")
     try:
         with Image.open(path) as opened:
+            refuse_programs(opened)
             image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problem = f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read: {error}"

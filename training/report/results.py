@@ -37,6 +37,8 @@ class Source:
     results: list[dict[str, Any]]
     models: dict[str, dict[str, float]]
     """`parameters` and `gflop` an image, where they are known."""
+    weights: dict[str, str]
+    """Of models, the fingerprint of their weights, where it is known."""
 
     def mark(self, model: str) -> str:
         """The name of a model that is another one in another file."""
@@ -127,6 +129,9 @@ def _part(path: Path, content: dict[str, Any]) -> Iterator[Source]:
                     name: {key: float(facts[key]) for key in ("parameters", "gflop") if facts.get(key) is not None}
                     for name, facts in content.get("models", {}).items()
                 },
+                weights={
+                    name: facts["weights"] for name, facts in content.get("models", {}).items() if facts.get("weights")
+                },
             )
 
 
@@ -144,7 +149,9 @@ def _describe_duplicates(found: Mapping[str, Any] | None) -> str:
     if not found or not found["images"]:
         return ""
     first = f", such as {' and '.join(map(str, found['first']))}" if found.get("first") else ""
-    return f"{found['images']:,} test images are, byte for byte, training images{first}."
+    asked, known = found["compared"]
+    among = f"of {asked:,} test images that were compared with {known:,} training images"
+    return f"{found['images']:,} {among} are, byte for byte, among these{first}."
 
 
 def _join_names(content: Mapping[str, Any]) -> dict[str, str]:
@@ -228,6 +235,8 @@ def _find_conflicts(sources: Sequence[Source]) -> set[str]:
             said.setdefault((model, features, *_words(_column(result))), set()).add(fact)
             if "fingerprint" in result:
                 said.setdefault((model,), set()).add(result["fingerprint"])
+            if model in source.weights:
+                said.setdefault((model, "weights"), set()).add(source.weights[model])
     return {model for (model, *_), facts in said.items() if len(facts) > 1} if len(sources) > 1 else set()
 
 
