@@ -1,11 +1,19 @@
 """Small images that tests make themselves, and the real ones that `PMAE_DATA` points to."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+# Before huggingface_hub is imported, which reads them then: what a user has set changes no test, and nothing that tests
+# leave in caches is the user's.
+for _name in ("HF_DATASETS_CACHE", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "PMAE_HUB_ORG"):
+    os.environ.pop(_name, None)
+_home = tempfile.TemporaryDirectory(prefix="hf_home")
+os.environ["HF_HOME"] = _home.name
 
 LONG_FILES = ("test_methods", "test_step", "test_pretrain", "test_cost", "test_finetune", "test_miniature")
 """Begun first, so that no process is left alone with one of them at the end."""

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from perceptual_mae_models import cli
@@ -101,7 +103,14 @@ def test_embed_options(run, photos: Path, checkpoint: str, tmp_path: Path, suffi
     status, out, err = run("embed", photos, "-o", output, "--checkpoint", checkpoint, *options)
     assert (status, err) == (0, "")
     assert f"{output}: 24 x 192 features in " in out
-    assert output.stat().st_size > 24 * 192 * 4
+    if suffix == "safetensors":
+        with safe_open(output, framework="pt") as file:
+            metadata, features = file.metadata(), file.get_tensor("features")
+        assert (metadata["pool"], metadata["dtype"]) == ("cls", "bfloat16")
+    else:
+        features = torch.tensor(pyarrow.parquet.read_table(output)["features"].to_pylist())
+    extractor = FeatureExtractor(DEFAULT_MODEL, "cls", checkpoint=checkpoint, device="cpu", dtype="bfloat16")
+    torch.testing.assert_close(features, extractor(find_images([photos]), batch_size=5))
 
 
 def test_broken_images(run, photos: Path, checkpoint: str, tmp_path: Path, broken: Path) -> None:
@@ -200,6 +209,7 @@ def test_a_stopped_embed_leaves_nothing_and_says_so(photos: Path, checkpoint: st
             time.sleep(0.01)
         process.terminate()
         assert process.wait(60) == 143
+        assert "Traceback" not in process.stderr.read()
     assert not list(tmp_path.iterdir())
 
 

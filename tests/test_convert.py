@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -520,6 +521,17 @@ def test_fine_tuned_classifier_has_no_encoder(tmp_path):
     model = eval(advice.replace("NAME", repr(PICO)).replace("num_classes=N", "num_classes=5"))
     assert torch.equal(model.fc_norm.weight, state["fc_norm.weight"])
     assert torch.equal(model.head.weight, state["head.weight"])
+
+
+def test_options_of_the_command_reach_the_conversion(run, tmp_path):
+    state = encoder_state()
+    path, out = write(changed(state, adapter__weight=torch.ones(2)), tmp_path), tmp_path / "out.safetensors"
+    options = ("--dtype", "float16", "--drop", "adapter.", "--model", PICO)
+    status, said, err = run(path, "-o", out, *options)
+    assert (status, err) == (0, "")
+    assert re.search(r"\n.*adapter.*on request", said), said
+    assert_same(load_file(out), {name: tensor.half() for name, tensor in state.items()})
+    assert run(path, "-o", tmp_path / "b.safetensors", "--model", "vit_tiny_patch16_pmae", "--drop", "adapter.")[0] == 1
 
 
 def test_half_precision_and_half_precision_sources(tmp_path):

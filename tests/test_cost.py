@@ -1,5 +1,6 @@
 """What a recipe costs: counted figures against closed forms, and the dry run that prints them."""
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_a_dry_run_needs_no_run_folder_and_says_whose_batch_does_not_fit(
 def test_a_dry_run_says_what_it_leaves_out_and_guesses_nothing(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
     arguments = ["ls_gan_p", "--dry-run", "--model", "vit_pico_patch8_pmae"]
     pretrain.main(arguments)
     assert "not counted" not in capsys.readouterr().out
@@ -165,3 +167,15 @@ def test_tables_that_cannot_be_read_or_placed_are_told(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="lacks the markers"):
         scale.main(scale.Assumptions(), counted=Path(scale.__file__).with_name("SCALE.md"), into=document)
     assert document.read_text() == "no markers"
+
+
+def test_a_small_benchmark_ends_with_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    options = {"model": "vit_pico_patch8_pmae", "batch_size": 4, "rounds": 1, "memory": False, "json": out}
+    benchmark.main(benchmark.Options(methods=("mae", "ls_gan_p"), device="cpu", **options))
+    found = json.loads(out.read_text())
+    assert [result["method"] for result in found["results"]] == ["mae", "ls_gan_p"]
+    assert all(result["seconds_per_image"] * 4 == result["seconds_per_step"] > 0 for result in found["results"])
+    gflop = [result["gflop_per_image"] for result in found["results"]]
+    assert gflop == [sum(count_gflop(METHODS[name](options["model"])).values()) for name in ("mae", "ls_gan_p")]
+    assert "x mae" in capsys.readouterr().out

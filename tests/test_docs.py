@@ -1,7 +1,9 @@
 """The documentation: its examples run, its links lead somewhere, and it builds where mkdocs is installed."""
 
+import importlib
 import importlib.util
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -85,3 +87,16 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert shown.count("# %%") >= len(EXAMPLES)
     for name in hooks.PICTURES.values():
         assert (tmp_path / "site" / name).stat().st_size > 0
+
+
+def test_what_the_reference_names_is_there() -> None:
+    parts = (DOCS / "api.md").read_text().split("\n::: ")[1:]
+    assert len(parts) > 8
+    for part in parts:
+        module, _, name = part.split()[0].rpartition(".")
+        try:
+            found = importlib.import_module(f"{module}.{name}")
+        except ModuleNotFoundError:
+            found = getattr(importlib.import_module(module), name)
+        for member in filter(None, re.findall(r"[A-Za-z_]+", "".join(re.findall(r"members: \[(.*)\]", part)))):
+            assert hasattr(found, member), f"{module}.{name}.{member}"

@@ -30,8 +30,9 @@ from training.evaluate.linear import Standardise, choose, judge, linear_probe, t
 from training.evaluate.models import open_autoencoder, open_model
 from training.evaluate.options import Options
 from training.evaluate.protocols import Settings
-from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction
+from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction, rebuild
 from training.evaluate.split import check_pair, hold_back, name_groups
+from training.losses.structural import ms_ssim_each
 
 ROOT = Path(__file__).parents[1]
 
@@ -454,6 +455,12 @@ def test_the_embedded_autoencoder_rebuilds_and_its_masks_are_the_seeds(photos: P
         assert not torch.equal(other[key], values)
     grey = torch.cat([(middle(source.load(i), (64, 64)) - 0.5).abs().mean().view(1) for i in range(24)])
     assert found["hidden", "l1"].mean() < 0.5 * grey.mean()
+    (batch,) = rebuild(network, recipe, source)
+    predicted = (batch.rebuilt - batch.original).abs().mean(dim=(1, 2, 3))  # visible patches, too, as predicted
+    torch.testing.assert_close(found["image", "l1"], predicted, atol=1e-4, rtol=1e-4)
+    for place, made in (("hidden", batch.pasted), ("image", batch.rebuilt)):
+        expected = ms_ssim_each(made, batch.original)
+        torch.testing.assert_close(found[place, "ms_ssim"], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_reconstruction_by_the_command_needs_a_decoder_and_no_labels(photos: Path, tmp_path: Path) -> None:

@@ -129,6 +129,22 @@ def test_resuming_on_another_number_of_processes_follows_the_same_run(
         assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
 
 
+def test_a_snapshot_is_renewed_every_so_many_epochs(photos: Path, tmp_path: Path) -> None:
+    run_here(*arguments("ls_gan_p", photos, tmp_path / "out", "--keep-checkpoints", "5"))
+    place = tmp_path / "out" / "checkpoints"
+    phi = [load_file(place / f"step_{step:08d}" / "phi.safetensors") for step in range(1, 6)]
+    judge = load_file(place / "step_00000003" / "discriminator.safetensors")
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    assert same(phi[0], phi[1])
+    assert same(phi[1], phi[2])
+    assert not same(phi[2], phi[3])  # 24 images: the second epoch begins with the fourth step
+    assert same(phi[3], phi[4])
+    assert same({name.removeprefix("copy."): tensor for name, tensor in phi[3].items()}, judge)
+
+
 def test_a_run_says_what_happened(straight: Path) -> None:
     line = metrics(straight / "stylegan2_ada_p")[2]
     expected = {"loss", "loss_d", "loss/feature", "loss/style", "loss/adversarial", "loss_d/r1", "loss/path_length"}

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import timm
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import perceptual_mae_models
@@ -36,7 +38,7 @@ def provenance() -> dict[str, dict[str, object]]:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     finished = subprocess.run(build, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -100,6 +102,19 @@ def test_the_embedded_decoder_rebuilds_better_than_nothing() -> None:
         output = network.eval()(images, noise)
     loss = reconstruction_loss(output, images, network, recipe).item()
     assert loss < 0.85
+
+
+def test_the_demo_ends_with_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "demo.png")])
+    demo.main()
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").resize((40, 40)).getcolors(1600)) > 500
+    told = re.search(r"(\d+) of 15 nearest neighbours are crops of the same photograph", capsys.readouterr().out)
+    assert told is not None
+    assert int(told[1]) >= 12
 
 
 def test_crops_of_a_photograph_find_each_other() -> None:

@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from perceptual_mae_models.features import FeatureExtractor
 from training import compare, pretrain
 from training.data.feed import Feed, batches, describe_data
-from training.data.images import ImageSource, spread
+from training.data.images import ImageSource, RandomViews, create_loader, spread
 from training.data.sampler import DeterministicBatchSampler
 from training.draws import draw
 from training.evaluate.features import extract
 from training.evaluate.knn import knn_predict
 from training.evaluate.monitor import KnnMonitor
+from training.pretrain import parse
 from training.recipes import recipe_from_json
 from training.run.folder import create_run_folder, own_run_folder
 from training.step import reconstruction_loss
@@ -173,12 +174,23 @@ def test_the_first_loss_is_that_of_the_loaded_images_in_their_range_under_the_dr
 ) -> None:
     recipe = recipe_from_json(json.loads((straight / "recipe.json").read_text())["recipe"])
     network = create_team(recipe, torch.device("cpu")).network
-    (batch,) = batches(ImageSource(photos), recipe, network.image_size, range(1), rank=0, world_size=1, workers=0)
+    sampler = DeterministicBatchSampler(24, 8, range(1), 0)
+    (batch,) = create_loader(RandomViews(ImageSource(photos), (64, 64), (0.2, 1.0), 0), sampler, workers=0)
     assert batch.images.amax() > 200
     images = batch.images / torch.tensor(255.0)
     output = network(images, draw(recipe, 0, network, slice(0, 8)).mask)
     loss = reconstruction_loss(output, images, network, recipe).item()
     assert losses(straight)[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_what_is_said_of_images_reaches_those_who_read_them(photos: Path) -> None:
+    told = ("--data", "hf:x", "--split", "test", "--column", "left", "--epoch-images", "7", "--cache-images")
+    assert parse(["mae", "--out", "x", *told]).feed == Feed("hf:x", "test", "left", 7, True)
+    recipe = parse(["mae", *map(str, TINY), "--crop-scale", "0.9", "1", "--seed", "3"]).recipe
+    (batch,) = batches(ImageSource(photos), recipe, (64, 64), range(1), rank=0, world_size=1, workers=0)
+    sampler = DeterministicBatchSampler(24, 8, range(1), 3)
+    (expected,) = create_loader(RandomViews(ImageSource(photos), (64, 64), (0.9, 1.0), 3), sampler, workers=0)
+    assert torch.equal(batch.images, expected.images)
 
 
 def test_the_average_is_that_of_the_weights_after_each_step(photos: Path, tmp_path: Path) -> None:

@@ -530,11 +530,12 @@ def test_no_data_set_takes_the_place_of_another_of_the_same_folder_name(tmp_path
     main(tuple(files), tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text()
     titles = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if OURS in line]
-    assert sorted(titles) == [f"evaluation: {name}" for name in titles_of(text)]
-
-
-def titles_of(text: str) -> list[str]:
-    return sorted(line.split(" | ")[0].removeprefix("| evaluation: ") for line in text.splitlines() if OURS in line)
+    assert sorted(titles) == [
+        "evaluation: cifar masks",
+        "evaluation: flowers masks",
+        "evaluation: shapes-train → cifar",
+        "evaluation: shapes-train → flowers",
+    ]
 
 
 def test_the_front_page_shows_the_committed_results() -> None:

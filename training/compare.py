@@ -64,7 +64,10 @@ def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: 
     else:
         if count > len(REBUILT):
             raise ValueError(f"--count is {count}: without --data there are {len(REBUILT)} photographs")
-        found = photographs()
+        try:
+            found = photographs()
+        except ImportError as error:
+            raise ValueError(f'{error}: give --data, or pip install -e ".[picture]" for photographs') from error
         images = [found[name] for name in REBUILT[:count]]
     batch = torch.stack([middle(image, (height, width)) for image in images])  # (N, 3, H, W)
     noise = torch.rand(len(batch), num_patches, generator=generator(seed, "compare"))
