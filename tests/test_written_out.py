@@ -187,22 +187,21 @@ def test_undecided_is_what_the_loss_says() -> None:
 # --- draws -----------------------------------------------------------------------------------------------------------
 
 
-def numbers_of(draws: Draws) -> dict[str, Tensor]:
+def numbers_of(recipe: AdversarialRecipe, step: int, share: slice) -> dict[str, Tensor]:
+    """All that is drawn of any method: no recipe has both an augmentation and a gradient penalty."""
+    network = create_team(recipe, CPU).network
+    draws = draw(recipe, step, network, share)
+    mixed = draw(replace(recipe, adversarial_loss="wgan_gp", ada_target=None), step, network, share)
     assert draws.ada is not None
     assert draws.path is not None
-    assert draws.epsilon is not None
-    return {"mask": draws.mask, "epsilon": draws.epsilon, "path": draws.path, **draws.ada._asdict()}
+    assert mixed.epsilon is not None
+    return {"mask": draws.mask, "epsilon": mixed.epsilon, "path": draws.path, **draws.ada._asdict()}
 
 
 def test_draws_differ_by_step_seed_and_sample_and_shares_are_parts_of_the_whole() -> None:
-    recipe = tiny("stylegan2_ada_p", adversarial_loss="wgan_gp")
-    network = create_team(recipe, CPU).network
-    whole = numbers_of(draw(recipe, 2, network, slice(0, 8)))
-    share = numbers_of(draw(recipe, 2, network, slice(4, 8)))
-    others = [
-        numbers_of(draw(recipe, 4, network, slice(0, 8))),
-        numbers_of(draw(replace(recipe, seed=1), 2, network, slice(0, 8))),
-    ]
+    recipe = tiny("stylegan2_ada_p")
+    whole, share = (numbers_of(recipe, 2, part) for part in (slice(0, 8), slice(4, 8)))
+    others = [numbers_of(recipe, 4, slice(0, 8)), numbers_of(replace(recipe, seed=1), 2, slice(0, 8))]
     for name, numbers in whole.items():
         assert torch.equal(share[name], numbers[len(numbers) // 2 :]), name
         flat = numbers.reshape(len(numbers), -1)  # (N, ...)
