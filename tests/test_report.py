@@ -317,7 +317,6 @@ def test_other_weights_or_figures_by_the_same_name_stay_apart(tmp_path: Path) ->
         del file["results"][0]["fingerprint"]
         file["models"] = {OURS: {"weights": weights}}
     assert len(write(tmp_path, a, b).shown("summary-1")) == 2
-    b["models"][OURS]["weights"] = "aaaa"
     b["models"][OURS]["weights"], a["results"] = "aaaa", [result(OURS, "segmentation", "", 0.4, metric="miou")]
     assert {row for _, row, _ in write(tmp_path, a, b).shown("summary-1")} == {OURS}
 

@@ -135,7 +135,7 @@ def evaluation(images: str, cell: Cell, place: Place) -> list[str]:
     """The command that judges a cell's encoder.
 
     Args:
-        images: A name of `EVALUATIONS`.
+        images: A name that `evaluations` gives.
         cell: Whose.
         place: Where.
     """

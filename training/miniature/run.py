@@ -89,6 +89,29 @@ def list_cells(found: Results) -> Iterator[str]:
         yield f"{name:<28} {state}"
 
 
+def run_cells(found: Results, place: Place, out: Path, *, only: str, until: float) -> None:
+    """Run what is asked for and has no result, writing each result and the report as soon as there is one.
+
+    Args:
+        found: Results so far, which grow.
+        place: Where the study runs.
+        out: Where results/ and the report go.
+        only: A pattern of names.
+        until: Begin no cell after this time of the monotonic clock.
+
+    Raises:
+        CellError: If a command fails.
+    """
+    results = out / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    while time.monotonic() < until and (cell := next_cell(found, only)):
+        found[cell.name] = run_cell(cell, place)
+        partial = results / f".partial_{cell.name}.json"
+        partial.write_text(json.dumps(found[cell.name], indent=1) + "\n", encoding="utf-8")
+        partial.replace(results / f"{cell.name}.json")
+        write_report(found, out)
+
+
 def main(
     data: Path | None = None,
     fashion_mnist: Path | None = None,
@@ -117,9 +140,9 @@ def main(
         list: List the cells and stop.
         shorten: Further flags of every pretraining run, to try the study itself.
     """
-    results, started = out / "results", time.monotonic()
+    started = time.monotonic()
     try:
-        found = read_cells(results)
+        found = read_cells(out / "results")
         if list:
             print("\n".join(list_cells(found)))
             return
@@ -135,13 +158,7 @@ def main(
                 processes=processes,
                 shorten=shorten,
             )
-            results.mkdir(parents=True, exist_ok=True)
-            while time.monotonic() - started < 3600 * hours and (cell := next_cell(found, only)):
-                found[cell.name] = run_cell(cell, place)
-                partial = results / f".partial_{cell.name}.json"
-                partial.write_text(json.dumps(found[cell.name], indent=1) + "\n", encoding="utf-8")
-                partial.replace(results / f"{cell.name}.json")
-                write_report(found, out)
+            run_cells(found, place, out, only=only, until=started + 3600 * hours)
         print(write_report(found, out))
         if out.resolve() == HERE:
             write_front(found)

@@ -42,9 +42,16 @@ FINETUNED = {
 CLOCK = "mae"
 """Whose time all methods get where they are compared at equal time."""
 
-FLOORS = ("pixels", "random", "supervised", "scratch")
-"""What nobody pretrained: the image itself, first weights, the encoder that learns Imagenette's labels, and that which
-has no more than `FEW_LABELS` to learn from."""
+FROZEN = ("tuning", "imagenette", "cifar10", "fashion-mnist")
+"""Evaluations of frozen features."""
+FLOORS = {
+    "pixels": FROZEN,
+    "random": FROZEN,
+    "supervised": FROZEN[1:],  # it has learned the labels of the tuning images
+    "scratch": (FEW_LABELS,),
+}
+"""What nobody pretrained, with its evaluations: the image itself, first weights, the encoder that learns Imagenette's
+labels, and that which has no more than `FEW_LABELS` to learn from."""
 
 ON_TUNING_IMAGES = ("tune", "remedy")
 """Parts whose cells learn from nine tenths of the training images and are judged on the last tenth."""
@@ -189,7 +196,6 @@ class Cell:
 
 
 EVALUATIONS: dict[Part, tuple[str, ...]] = {
-    "floor": ("tuning", "imagenette", "cifar10", "fashion-mnist"),
     "tune": ("tuning",),
     "remedy": ("tuning",),
     "epochs": ("imagenette",),
@@ -197,11 +203,9 @@ EVALUATIONS: dict[Part, tuple[str, ...]] = {
     "clock": ("imagenette",),
     "long": ("tuning", "imagenette", "finetune", FEW_LABELS, "cifar10", "fashion-mnist", "dense"),
 }
-"""Of a cell by its part, see `cells.py`."""
+"""Of a cell by its part, floors aside, see `cells.py`."""
 
 
 def evaluations(cell: Cell) -> tuple[str, ...]:
-    """What a cell is judged on: the supervised floor not on the tuning images, whose labels it has learned."""
-    if cell.arm == "scratch":
-        return (FEW_LABELS,)
-    return tuple(name for name in EVALUATIONS[cell.part] if (cell.arm, name) != ("supervised", "tuning"))
+    """What a cell is judged on."""
+    return FLOORS[cell.arm] if cell.part == "floor" else EVALUATIONS[cell.part]
