@@ -20,7 +20,8 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .features import FeatureExtractor
-    from .weights import CheckpointError, WeightsUnavailableError
+    from .unreadable import WeightsUnavailableError
+    from .weights import CheckpointError
 
 __all__ = ["CheckpointError", "FeatureExtractor", "WeightsUnavailableError"]
 
@@ -31,7 +32,7 @@ _scripts = Path(sysconfig.get_path("scripts"))
 if _program.name not in ("pmae", "pmae.exe") or _program.resolve().parent != _scripts.resolve():
     from . import vision_transformer_pmae as vision_transformer_pmae
 
-_MODULE_OF = {"FeatureExtractor": "features", "CheckpointError": "weights", "WeightsUnavailableError": "weights"}
+_MODULE_OF = {"FeatureExtractor": "features", "CheckpointError": "weights", "WeightsUnavailableError": "unreadable"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from perceptual_mae_models.unreadable import check_head
 from perceptual_mae_models.version import __version__
-from perceptual_mae_models.weights import CheckpointError, check_head, flatten
+from perceptual_mae_models.weights import CheckpointError, flatten
 
 Format = Literal["mae", "huggingface", "perceptual-mae-release", "lightning", "timm"]
 

@@ -28,7 +28,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from .hub import HUB_ORGANISATION, WEIGHTS, fetch_weights
 from .pos_embed import build_2d_sincos_pos_embed
-from .weights import NOT_PUBLISHED, check_head, checkpoint_filter_fn, explain_unreadable_weights
+from .unreadable import NOT_PUBLISHED, check_head, explain_unreadable_weights
+from .weights import checkpoint_filter_fn
 
 __all__: list[str] = []  # a list because timm's `register_model` appends to it
 

@@ -1,4 +1,4 @@
-"""Where encoder tensors come from: checkpoints of any wrapping are read strictly, failures are explained.
+"""Where encoder tensors come from: checkpoints of any wrapping are read strictly.
 
 timm loads with `strict=False` as soon as the number of classes differs from the checkpoint's, so that a checkpoint with
 unexpected key names leaves a random encoder without a word. `checkpoint_filter_fn` closes that hole: an encoder is
@@ -10,28 +10,18 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import pickle
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from safetensors import SafetensorError
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models import PretrainedCfg, adapt_input_conv, get_arch_pretrained_cfgs, list_models
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from .hub import WEIGHTS, IntegrityError, find_repository
-
 _logger = logging.getLogger(__name__)
-
-NOT_PUBLISHED = "weights not published yet"
-"""Stands in the `notes` of a pretrained cfg whose weights exist neither on the Hub nor in the package."""
 
 # What may stand before an encoder's own names, in any order and number: containers of training scripts, wrappers of
 # torch (DDP, AveragedModel, compile), and the places of the encoder in our own training networks.
@@ -49,17 +39,9 @@ _PATCH_WEIGHT = "patch_embed.proj.weight"
 # Older timm adapts the first convolution from three channels only, and leaves it random otherwise.
 _TIMM_ADAPTS_ANY_CHANNELS = "base_chans" in inspect.signature(adapt_input_conv).parameters
 
-# The HTTP client's own base error (requests, httpx or httpx2, by the version of huggingface_hub): a proxy that fails or
-# a connection that drops half-way reaches us as that, everything else from the Hub or the disk as an OSError.
-_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint was read, but it does not hold the encoder that it should."""
-
-
-class WeightsUnavailableError(RuntimeError):
-    """Pretrained weights could not be reached: no network, no such repository, no access, or no such file."""
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
@@ -98,51 +80,6 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer
         encoder[_PATCH_WEIGHT] = resample_patch_embed(encoder[_PATCH_WEIGHT].float(), list(kernel_size))
     _load_fitting_head(encoder, model, wanted)
     return encoder
-
-
-@contextmanager
-def explain_unreadable_weights(cfg: PretrainedCfg) -> Iterator[None]:
-    """Turn the many errors of unreachable or broken weights into one that says what was sought and what to do.
-
-    Args:
-        cfg: The pretrained cfg whose weights are loaded inside the `with` block.
-
-    Raises:
-        WeightsUnavailableError: If the weights cannot be reached on the Hub or on the disk.
-        CheckpointError: If the file was found but is not a checkpoint, or not the one that its manifest describes.
-    """
-    try:
-        yield
-    except (OSError, _TRANSPORT_ERROR) as error:
-        raise WeightsUnavailableError(_describe_unavailable(cfg, error)) from error
-    except IntegrityError as error:
-        raise CheckpointError(f"The weights of {_model_name(cfg)} are not the published ones: {error}") from error
-    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(
-            f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
-            f" checkpoint ({type(error).__name__}: {error})."
-        ) from error
-    except RuntimeError as error:
-        if isinstance(error.__cause__, pickle.UnpicklingError):  # timm's advice would be to run what is in the file
-            raise CheckpointError(
-                f"{_location(cfg)} is broken, or holds objects besides tensors, which reading would run as code:"
-                " `pmae convert` says what it is"
-            ) from error
-        raise
-
-
-def check_head(file: Path) -> None:
-    """Refuse files that cannot be a checkpoint by their first bytes, before anything tries to unpickle them.
-
-    Raises:
-        CheckpointError: If this is neither a safetensors file nor one of `torch.save`.
-    """
-    with file.open("rb") as opened:
-        start = opened.read(32)
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if start and not (start.startswith((b"PK", b"\x80")) or start[8:9] == b"{" or file.suffix == ".safetensors"):
-        raise CheckpointError(f"{file} is no checkpoint: it begins with {start[:16]!r}; fetch it again")
 
 
 def _find_encoder(
@@ -296,51 +233,6 @@ def _load_fitting_head(encoder: Mapping[str, Tensor], model: VisionTransformer, 
                 " untrained. Build the model as it was trained, with global_pool='token' for one."
             )
         model.load_state_dict(head, strict=False)
-
-
-def _describe_unavailable(cfg: PretrainedCfg, error: Exception) -> str:
-    name, architecture = _model_name(cfg), cfg.architecture
-    reason = " ".join(str(error).split()) or "no such file"
-    lines = [f"The weights of {name} could not be read from {_location(cfg)} ({type(error).__name__}: {reason})."]
-    if NOT_PUBLISHED in (cfg.notes or ()):
-        available = _available_weights()
-        available.sort(key=lambda other: not other.startswith(f"{architecture}."))
-        lines.append(f"They are not published yet. Weights that can be had today: {', '.join(available)}.")
-    lines.append("Ways out:")
-    if isinstance(error, GatedRepoError):
-        lines.append("- ask for access on the repository's page, then `hf auth login` or set HF_TOKEN;")
-    lines.append("- set HF_HUB_CACHE to a Hub cache that holds them, and HF_HUB_OFFLINE=1 to use it without a network;")
-    if cfg.hf_hub_id and find_repository(cfg).ours:
-        lines.append("- set PMAE_HUB_ORG to an organisation that has them, or HF_ENDPOINT to a mirror of the Hub;")
-    else:
-        lines.append("- set HF_ENDPOINT to a mirror of the Hub;")
-    lines += [
-        f"- load a local file: timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file=…));",
-        f"- train them: python training/pretrain.py mae --data DIR --model {architecture} --out DIR;",
-        "- pass pretrained=False for an encoder that is random on purpose.",
-    ]
-    return "\n".join(lines)
-
-
-def _available_weights() -> list[str]:
-    return [
-        name
-        for architecture in list_models(module="vision_transformer_pmae")
-        for name, cfg in get_arch_pretrained_cfgs(architecture).items()
-        if NOT_PUBLISHED not in (cfg.notes or ())
-    ]
-
-
-def _model_name(cfg: PretrainedCfg) -> str:
-    return f"{cfg.architecture}.{cfg.tag}" if cfg.tag else f"{cfg.architecture}"
-
-
-def _location(cfg: PretrainedCfg) -> str:
-    if cfg.source != "hf-hub" and cfg.file:
-        return f"the file {cfg.file}"
-    if cfg.hf_hub_id and (cfg.source == "hf-hub" or not cfg.url):
-        return f"the Hugging Face Hub repository {find_repository(cfg)}, file {cfg.hf_hub_filename or WEIGHTS}"
-    return f"{cfg.url}"
 
 
 def advise_pooling(file: str = "…") -> str:

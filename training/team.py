@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, init_mae_weights
 from perceptual_mae_models.features import check_model_name
-from perceptual_mae_models.weights import CheckpointError, WeightsUnavailableError
+from perceptual_mae_models.unreadable import WeightsUnavailableError
+from perceptual_mae_models.weights import CheckpointError
 from training.ada import AdaController, augment
 from training.draws import Draws
 from training.losses.adversarial import ADVERSARIAL_LOSSES

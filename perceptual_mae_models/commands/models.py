@@ -90,7 +90,7 @@ def describe_model(name: str) -> dict[str, Any]:
 
 def weights_place(cfg: Mapping[str, Any]) -> str:
     """Say where the weights of a pretrained cfg are to be had."""
-    from perceptual_mae_models.weights import NOT_PUBLISHED
+    from perceptual_mae_models.unreadable import NOT_PUBLISHED
 
     if cfg.get("file"):
         return "in the package" if Path(cfg["file"]).is_file() else "missing from the package"

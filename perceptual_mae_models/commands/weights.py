@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def download(arguments: argparse.Namespace) -> int:
     """`pmae download`: a tag's files into the Hub's cache or a folder, checked."""
     from perceptual_mae_models.hub import MANIFEST, WEIGHTS, check_file, fetch_file, fetch_manifest, find_repository
-    from perceptual_mae_models.weights import explain_unreadable_weights
+    from perceptual_mae_models.unreadable import explain_unreadable_weights
 
     for cfg in map(_pretrained_cfg, arguments.names):
         if cfg.file:
