@@ -1,5 +1,6 @@
 """Every kind of source gives the files' own images; a stream's batches depend on the seed and on the step alone."""
 
+import dataclasses
 import gzip
 import io
 import os
@@ -19,6 +20,8 @@ from training.data.images import Batch, ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler
 from training.data.stream import ImageStream, StreamViews, create_stream_loader, stand_ins
 from training.data.tars import TarError, expand_braces, read_index
+from training.evaluate.options import Options
+from training.evaluate.sources import open_sources
 from training.run.signals import ignore_in_workers
 
 
@@ -272,6 +275,27 @@ def test_one_of_several_columns_of_images_and_of_classes_can_be_chosen(datasets:
         ImageSource(f"hf:{path}", column="left", label_column="size")
     source = ImageSource(f"hf:{path}", column="right", label_column="coarse")
     assert (source.classes, source.labels, source.load(0).getpixel((0, 0))[:2]) == (["tree", "flower"], [0], (2, 253))
+
+
+def test_evaluations_take_splits_and_columns_of_a_data_set(datasets: Any, tmp_path: Path) -> None:
+    columns: dict[str, Any] = {name: datasets.ClassLabel(names=["a", "b"]) for name in ("coarse", "fine")}
+    features = datasets.Features({"left": datasets.Image(), "right": datasets.Image(), **columns})
+    splits = {}
+    for split, shades in (("fit", (1, 2)), ("judge", (3, 4))):
+        images = {
+            side: [{"bytes": png(s + plus), "path": None} for s in shades]
+            for side, plus in (("left", 0), ("right", 100))
+        }
+        rows = {**images, "coarse": [0, 0], "fine": [0, 1]}
+        splits[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "rows"))
+    place = f"hf:{tmp_path}/rows"
+    chosen = Options(models=("pixels:4",), train=place, test=place, train_split="fit", test_split="judge")
+    sources = open_sources(dataclasses.replace(chosen, column="right", label_column="fine"))
+    seen = {split: (source.labels, source.load(0).getpixel((0, 0))[0]) for split, source in sources.items()}
+    assert seen == {"train": ([0, 1], 101), "test": ([0, 1], 103)}
+    with pytest.raises(ValueError, match="choose one: left, right"):
+        open_sources(chosen)
 
 
 # --- Hugging Face, streamed ---
