@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import torch
 import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
 from training import pretrain
 from training.data.images import ImageSource
-from training.evaluate.intervals import student_interval
+from training.evaluate.intervals import pack_bits, student_interval
 from training.evaluate.models import open_model
 from training.evaluate.options import Options
 from training.hub.card import write_card
 from training.hub.repository import EMBEDDED, build_config, facts_of
-from training.miniature.cards import fill_cards
+from training.miniature.alike import SHARED
+from training.miniature.cards import fill_cards, weights_of
 from training.miniature.cells import (
     CellError,
     Place,
@@ -36,7 +38,7 @@ from training.miniature.cells import (
     usual_speed,
 )
 from training.miniature.choice import choose, find_default, find_sixth, fit_epochs, plan
-from training.miniature.report import describe_study
+from training.miniature.report import GRID, describe_study
 from training.miniature.run import (
     FINDINGS,
     FRONT_PAGE,
@@ -66,6 +68,8 @@ from training.miniature.study import (
 )
 
 ARM = {arm.name: arm for arm in ARMS}
+NOWHERE = Path("no such folder")
+STUDY = Path(__file__).parents[1] / "training" / "miniature"
 
 
 def row(protocol: str, setting: str, metric: str, mean: float, half: float = 0.01) -> dict[str, Any]:
@@ -75,23 +79,39 @@ def row(protocol: str, setting: str, metric: str, mean: float, half: float = 0.0
     return {**found, "value": value, "detail": detail}
 
 
+def right(share: float) -> str:
+    """Which of 100 images a classifier names rightly: the first ones."""
+    return pack_bits(torch.arange(100) < round(100 * share))
+
+
 def result(cell: Cell, mean: float, seconds: float = 60.0) -> dict[str, Any]:
     rows = [
         row("knn", "k=10", "accuracy", 0.0),
         row("knn", "k=20", "accuracy", mean),
         {**row("knn", "k=20", "accuracy", 0.0), "features": "cls"},
-        row("linear", f"lr={mean}", "accuracy", mean + 0.1),
+        row("linear", f"lr={mean}", "accuracy", mean + 0.1) | {"detail": {"right": right(mean + 0.1)}},
     ]
     if cell.method:
         rows += [row("reconstruction", "hidden", "psnr", 20 + mean), row("reconstruction", "hidden", "kd", 5.0)]
+        rows += [row("reconstruction", "image", "l1", mean)]
     if cell.arm == "pixels":
         rows = [{**found, "features": "avg"} for found in rows if found["features"] == "cls+avg"]
     rows = [{**found, "model": "a model"} for found in rows]
-    made_of: dict[str, Any] = {"data": {"test": {"fingerprint": "some images", "images": 100}}, "settings": {"k": [20]}}
+    made_of: dict[str, Any] = {
+        "data": {"test": {"name": "a tar", "fingerprint": "some images", "images": 100}},
+        "settings": {"k": [20]},
+    }
     made_of["models"] = {"a model": {"weights": cell.name}}
     judged = {images: {"results": rows, **made_of} for images in evaluations(cell)}
     made = {
-        "recipe": {"norm_pix_loss": cell.method == "mae" and not cell.flags},
+        "recipe": {
+            **dict.fromkeys(SHARED, 1),
+            "seed": cell.seed,
+            "norm_pix_loss": cell.method == "mae" and not cell.flags,
+            "loss_on": "hidden" if cell.method == "mae" and "image" not in cell.flags else "image",
+        },
+        "data": {"name": "photographs", "images": 1000},
+        "versions": {"torch": "2"},
         "cost": {"seconds": seconds, "images_per_second": 100.0, "gflop_per_image": 0.5},
         "curve": [{"images": count, "knn": mean * count / 2000} for count in (1000, 2000)],
     }
@@ -127,7 +147,7 @@ def test_a_study_ends_and_holds_what_the_protocol_says() -> None:
         ("stylegan2_ada_p", "ls_gan_p"),
     ]
     counts = {part: parts.count(part) for part in dict.fromkeys(parts)}
-    assert counts == {"floor": 4, "tune": 4, "remedy": 5, "epochs": 3 * 7, "cause": 3, "clock": 4, "long": 5}
+    assert counts == {"floor": 4, "tune": 4, "remedy": 5, "epochs": 3 * 7, "cause": 3, "clock": 4, "long": 7}
     assert len({arm.trials for arm in adversarial}) == 1
 
 
@@ -184,10 +204,10 @@ def test_times_of_another_machine_or_precision_do_not_share_a_table() -> None:
             found = complete()
             found[name] = {**found[name], place: found[name][place] | change}
             with pytest.raises(ValueError, match=rf"{other}: {next(iter(change))} of .* is .*run one of them again"):
-                describe_study(found)
+                describe_study(found, NOWHERE)
     found["floor-random-0"]["machine"] = {"processor": "another", "capability": "others"}
     found["long-ls_gan_p-0"] = complete()["long-ls_gan_p-0"]
-    text = describe_study(found)
+    text = describe_study(found, NOWHERE)
     assert "made up (of sorts)" in text
     assert "another (others)" in text
 
@@ -209,8 +229,11 @@ def test_methods_of_a_seed_share_everything_but_themselves(tmp_path: Path) -> No
 
 
 def test_the_speed_of_a_run_is_that_of_its_undisturbed_parts() -> None:
-    assert usual_speed([100.0] * 8 + [20.0] * 30) == pytest.approx(100, abs=1)
-    assert usual_speed([70.0]) == 70
+    disturbed = [100.0] * 8 + [20.0] * 30
+    assert usual_speed([(80 * (n + 1), speed) for n, speed in enumerate(disturbed)]) == pytest.approx(100, abs=1)
+    assert usual_speed([(40, 70.0)]) == 70
+    every_fifth_slow = [(20 * n, 40.0 if n % 4 == 0 else 120.0) for n in range(1, 41)]  # three quick lines, one slow
+    assert usual_speed(every_fifth_slow) == pytest.approx(4 / (3 / 120 + 1 / 40)), "no window without the slow line"
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -225,8 +248,8 @@ def test_intervals_over_seeds_are_students() -> None:
 
 
 def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
-    text = describe_study(complete())
-    assert "46 of 46 cells" in text
+    text = describe_study(complete(), NOWHERE)
+    assert "48 of 48 cells" in text
     chapter = text[text.index("## Equal epochs") : text.index("## Equal time")]
     head = next(line for line in chapter.splitlines() if "k-NN" in line)
     assert [part.strip() for part in head.split("|")[1:-1]] == [
@@ -248,14 +271,18 @@ def test_tables_hold_means_over_seeds_costs_floors_and_choices() -> None:
     assert "Reconstructions of `mae` take each patch's mean and contrast from the original" in chapter
     assert "21.51" not in chapter
     assert "20.51" in chapter  # PSNR is no share: not cut at 1
-    assert "| ls_gan_p | --feature-weight 1 --adversarial-weight 0.01 --r1-gamma 1 | 72.0 | yes |" in text
+    taken = next(line for line in text.splitlines() if "(taken)" in line)
+    assert taken.startswith(
+        "|  | `ls_gan_p, set 3 (taken)` --feature-weight 1 --adversarial-weight 0.01 --r1-gamma 1 |"
+    )
+    assert taken.endswith(" **72.0** [71.0, 73.0] | 2.5 | 0.500 |")
     assert "k-NN k=10" not in text
 
 
 def test_rows_say_how_many_seeds_they_are_of_and_what_sets_the_time_is_beside_the_others() -> None:
     found = complete()
     del found["epochs-ms_ssim-2"], found["epochs-ms_ssim-1"], found["epochs-mae-2"]
-    text = describe_study(found)
+    text = describe_study(found, NOWHERE)
     lines = {part: text[text.index(f"## {TABLES[part].title}") :].splitlines() for part in ("epochs", "clock")}
     rows = {
         (part, arm): next(line for line in lines[part] if f"| `{arm}` |" in line)
@@ -269,6 +296,45 @@ def test_rows_say_how_many_seeds_they_are_of_and_what_sets_the_time_is_beside_th
     assert rows["clock", "ls_gan_p"].endswith("| 1 | 12.0 | 2.5 | 0.500 |")
 
 
+def test_differences_are_taken_seed_by_seed() -> None:
+    found = complete()
+    for number, knn in enumerate((0.55, 0.53, 0.54)):  # mae: 0.50, 0.51, 0.52
+        for figure in found[f"epochs-ms_ssim-{number}"]["evaluations"]["imagenette"]["results"]:
+            if (figure["setting"], figure["features"]) == ("k=20", "cls+avg"):
+                figure["value"] = {"mean": knn, "low": 0.0, "high": 1.0}
+    found["cause-no_features-0"]["evaluations"]["imagenette"]["results"][1]["value"]["mean"] = 0.9
+    chapter = describe_study(found, NOWHERE)
+    chapter = chapter[chapter.index("difference to `mae` seed by seed") : chapter.index("## What each term does")]
+    own = next(line for line in chapter.splitlines() if "| `ms_ssim` |" in line)
+    # 5, 2, 2: the mean, and 4.302653 * sqrt(3) / sqrt(3) to both sides
+    assert "| 3.0 [-1.3, 7.3] | 0.0 |" in own
+    assert "`mae` |" not in chapter.splitlines()[0]
+    assert all(arm.name in chapter for arm in ARMS if arm.name != "mae")
+    assert "**" not in chapter
+    assert describe_study(found, NOWHERE).count("seed by seed") == 1, "a single seed has none"
+
+
+def test_cells_of_another_plan_are_refused() -> None:
+    for name, place, key, value, message in (
+        ("epochs-ms_ssim-1", "cell", "flags", ["--clip-grad", "1"], "flags of its result are"),
+        ("clock-ls_gan_p-0", "cell", "epochs", 15.1, "epochs of its result are 15.1, of the plan 12.0"),
+        ("epochs-mae-1", "recipe", "seed", 7, "seed of its result are 7, of the plan 1"),
+        ("epochs-mae-1", "recipe", "batch_size", 64, "recipes: batch_size of epochs-mae-1 is 64"),
+        ("long-mae-0", "versions", "torch", "3", "pretraining: torch of long-mae-0 is 3"),
+        ("epochs-mae-1", "data", "images", 7, "pretraining: data images of epochs-mae-1 is 7"),
+    ):
+        found = json.loads(json.dumps(complete()))
+        found[name][place][key] = value
+        with pytest.raises(ValueError, match=message):
+            describe_study(found, NOWHERE)
+    found = complete()
+    with pytest.raises(ValueError, match="epochs-nobody-0 is no cell of this study"):
+        describe_study(found | {"epochs-nobody-0": found["epochs-mae-0"]}, NOWHERE)
+    del found["tune-ls_gan_p-3"]
+    with pytest.raises(ValueError, match="cells that decide what it is have none"):
+        describe_study(found, NOWHERE)
+
+
 def test_bold_is_for_what_can_be_compared() -> None:
     found = complete()
     for name, result in found.items():
@@ -277,7 +343,7 @@ def test_bold_is_for_what_can_be_compared() -> None:
                 row["value"] = {"mean": 0.99, "low": 0.98, "high": 1.0} | (
                     {"mean": 30} if row["metric"] == "psnr" else {}
                 )
-    chapter = describe_study(found)
+    chapter = describe_study(found, NOWHERE)
     chapter = chapter[chapter.index("## Equal epochs") : chapter.index("## Equal time")]
     assert "30.00" in chapter
     assert "**30.00**" not in chapter
@@ -285,6 +351,12 @@ def test_bold_is_for_what_can_be_compared() -> None:
     assert "**99.0**" not in chapter
     assert "**51.0**" in chapter
     assert "**20.51**" in chapter
+    assert "`mae_pixels` never learned to rebuild what is visible" in chapter
+    head = next(line.split("|") for line in chapter.splitlines() if "reconstruction" in line)
+    place = next(number for number, text in enumerate(head) if "L1" in text)
+    images = {line.split("|")[2].strip(): line.split("|")[place] for line in chapter.splitlines() if "20.51" in line}
+    assert "**" in images["`l1_image`"]
+    assert "**" not in images["`mae_pixels`"]
 
 
 def test_figures_of_other_images_settings_or_networks_do_not_share_a_table() -> None:
@@ -301,12 +373,12 @@ def test_figures_of_other_images_settings_or_networks_do_not_share_a_table() -> 
         assert judged[last] != change
         judged[last] = change
         with pytest.raises(ValueError, match=r"imagenette: .* of (epochs-mae-1|epochs-ms_ssim-1) is .*run one of them"):
-            describe_study(found)
+            describe_study(found, NOWHERE)
 
 
 def test_cards_hold_the_figures_of_the_long_runs_that_made_the_weights_and_the_choice(tmp_path: Path) -> None:
     found = complete()
-    for name, mean in (("mae", 0.50), ("ms_ssim", 0.56), ("ls_gan_p", 0.555), ("msg_gan_p", 0.40)):
+    for name, mean in (("mae", 0.50), ("ms_ssim", 0.56), ("ls_gan_p", 0.55), ("msg_gan_p", 0.40)):
         cell = dict(plan(found))[f"long-{name}-0"]
         assert cell is not None
         found[cell.name] = result(cell, mean)
@@ -316,7 +388,7 @@ def test_cards_hold_the_figures_of_the_long_runs_that_made_the_weights_and_the_c
     assert cell is not None
     found[cell.name] = result(cell, 0.45)
     assert find_default(found) == "ms_ssim"
-    assert "default is `ms_ssim_imagenette`" in describe_study(found)
+    assert "linear probe on the tuning images: `ms_ssim`. That is the most" in describe_study(found, NOWHERE)
 
     embedded = json.loads((EMBEDDED / f"{MODEL}.mae_imagenette.json").read_text())
     made = {"mae": "some older run", "ms_ssim": "long-ms_ssim-0", "msg_gan_p": "long-msg_gan_p-0"}
@@ -333,8 +405,8 @@ def test_cards_hold_the_figures_of_the_long_runs_that_made_the_weights_and_the_c
         ("cifar10 (100 test images)", "knn", "k=20"),
     ]
     assert provenance["note"].endswith(
-        "66.0 % [65.0, 67.0]. That is the most of the five methods, which makes it the default; but the intervals of "
-        "`ls_gan_p_imagenette` reach into its own: on these images it cannot be told from them."
+        "66.0 % [65.0, 67.0]. That is the most of the five methods, which makes it the default; but over the same "
+        "images its lead is less than its interval over `ls_gan_p` (by 1.0 points [-1.0, 3.0])."
     )
     facts = facts_of(f"{MODEL}.ms_ssim_imagenette")
     assert provenance["note"] in write_card(facts, build_config(facts), provenance)
@@ -342,8 +414,13 @@ def test_cards_hold_the_figures_of_the_long_runs_that_made_the_weights_and_the_c
     assert other.endswith("50.0 % [49.0, 51.0]. The default, `ms_ssim_imagenette`, has 66.0 % [65.0, 67.0].")
 
 
-def test_the_default_is_what_the_study_chose() -> None:
-    found = read_cells(Path(__file__).parents[1] / "training" / "miniature" / "results")
+def test_the_package_holds_the_weights_that_the_study_judged() -> None:
+    found = read_cells(STUDY / "results")
+    runs = {arm.name: found.get(f"long-{arm.name}-0") for arm in ARMS if not arm.control}
+    for name, judged in runs.items():
+        file = EMBEDDED / f"{MODEL}.{name}_imagenette.json"
+        if judged:
+            assert json.loads(file.read_text())["weights"] in weights_of(judged), f"export long-{name}-0, see README.md"
     chosen = find_default(found)
     default = timm.get_pretrained_cfg(MODEL)
     assert default is not None
@@ -367,10 +444,10 @@ def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None
     for arm in REMEDIES:
         assert cells[arm.name].flags == (*(WEIGHTS[2] if arm.tried_with else ()), *arm.flags)
         assert (cells[arm.name].seed, cells[arm.name].epochs) == (0, TABLES["tune"].epochs)
-    text = describe_study(found)
+    text = describe_study(found, NOWHERE)
     rows = [line for line in text[text.index("## Remedies") :].splitlines() if line.startswith("| ")][2:]
-    assert [line.split(" | ")[0] for line in rows] == ["| ls_gan_p", *(f"| {arm.name}" for arm in REMEDIES)]
-    assert "| 72.0 [71.0, 73.0] |" in rows[0]
+    assert [line.split("`")[1] for line in rows] == ["ls_gan_p", *(arm.name for arm in REMEDIES)]
+    assert "| **72.0** [71.0, 73.0] |" in rows[0]
     assert "--paste-visible" in rows[3]
     assert find_sixth(found) == ""
     assert "there is no sixth method" in text
@@ -378,7 +455,7 @@ def test_remedies_stand_on_the_weights_that_were_taken_and_beside_them() -> None
         cell = cells[name]
         found[cell.name] = result(cell, mean)
     assert find_sixth(found) == "snapshot"
-    assert "`snapshot` is above" in describe_study(found)
+    assert "`snapshot` is above" in describe_study(found, NOWHERE)
     del found["tune-ls_gan_p-0"]
     assert dict(plan(found))["remedy-snapshot-0"] is None
 
@@ -400,7 +477,7 @@ def test_terms_are_taken_from_ls_gan_p_one_at_a_time_and_stand_beside_both_and_n
     assert changed["labelled_phi"] == {"phi": "timm:tf_efficientnet_lite0", "phi_file": LITE0}
     for figure in found["cause-labelled_phi-0"]["evaluations"]["imagenette"]["results"]:
         figure["value"] = {"mean": 0.9, "low": 0.9, "high": 0.9}  # best, and no method
-    text = describe_study(found)
+    text = describe_study(found, NOWHERE)
     lines = text[text.index(f"## {TABLES['cause'].title}") : text.index(f"## {TABLES['clock'].title}")].splitlines()
     rows = [line.split(" | ")[1] for line in lines if "`" in line and line.startswith("|")]
     assert rows[:5] == ["`ls_gan_p`", "`l1_image`", "`no_features`", "`no_adversary`", "`labelled_phi`"]
@@ -408,8 +485,8 @@ def test_terms_are_taken_from_ls_gan_p_one_at_a_time_and_stand_beside_both_and_n
 
 
 def test_a_study_that_has_just_begun_says_so() -> None:
-    text = describe_study({})
-    assert "0 of 46 cells" in text
+    text = describe_study({}, NOWHERE)
+    assert "0 of 48 cells" in text
     assert text.count("No cell of it has run yet.") == 5
     assert "No method's trials are complete yet." in text
     assert "![" not in text
@@ -421,7 +498,12 @@ def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
     for name, found in complete().items():
         (results / f"{name}.json").write_text(json.dumps(found))
     (results / ".partial_epochs-mae-0.json").write_text("{")  # of a study that was killed
-    main(out=tmp_path, report_only=True)
+    main(out=tmp_path, report_only=True, html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for said in ("Equal epochs", "While learning", "51.0</span>", "difference to <code>mae</code> seed by seed"):
+        assert said in page
+    assert page.count("data:image/webp") == 1, "the curves"
+    assert right(0.6) not in page
     first = [(tmp_path / name).read_bytes() for name in ("RESULTS.md", "curves.png")]
     main(out=tmp_path, report_only=True)
     assert first == [(tmp_path / name).read_bytes() for name in ("RESULTS.md", "curves.png")]
@@ -434,14 +516,17 @@ def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -> None:
-    study = Path(__file__).parents[1] / "training" / "miniature"
-    shutil.copy(study / FINDINGS, tmp_path)
-    write_report(read_cells(study / "results"), tmp_path)
-    assert (tmp_path / FINDINGS).read_text() in (tmp_path / "RESULTS.md").read_text()
-    assert (study / "RESULTS.md").read_text() == (tmp_path / "RESULTS.md").read_text()
+    copy = tmp_path / STUDY.relative_to(FRONT_PAGE.parent)
+    copy.mkdir(parents=True)
+    shutil.copy(STUDY / FINDINGS, copy)
+    (copy / GRID).parent.mkdir()
+    shutil.copy(STUDY / GRID, copy / GRID)
+    write_report(read_cells(STUDY / "results"), copy)
+    assert (copy / FINDINGS).read_text() in (copy / "RESULTS.md").read_text()
+    assert (STUDY / "RESULTS.md").read_text() == (copy / "RESULTS.md").read_text()
     page = tmp_path / "README.md"
     page.write_text(FRONT_TABLE.sub("", FRONT_PAGE.read_text()))
-    write_front(read_cells(study / "results"), page)
+    write_front(read_cells(STUDY / "results"), page)
     assert page.read_text() == FRONT_PAGE.read_text()
 
 
@@ -451,10 +536,10 @@ def test_the_front_page_shows_equal_epochs_and_long_runs_between_its_marks(tmp_p
     found = {name: result for name, result in complete().items() if not name.startswith("long")}
     write_front(found, page)
     assert page.read_text().startswith("before\n<!-- study -->\n| learned for | model | k-NN k=20 accuracy, % | linear")
-    assert page.read_text().endswith("|\n<!-- /study -->\nafter\n")
-    assert page.read_text().count("`mae`") == 1
+    assert page.read_text().endswith("those of the others.\n<!-- /study -->\nafter\n")
+    assert page.read_text().count("| `mae` |") == 1
     write_front(complete(), page)
-    rows = [line for line in page.read_text().splitlines() if "`mae`" in line]
+    rows = [line for line in page.read_text().splitlines() if "| `mae` |" in line]
     assert [row.split(" | ")[0] for row in rows] == ["| 30 epochs", "| 100 epochs"]
     assert "| 3 | 1.0 |" in rows[0]
     write_front({}, page)

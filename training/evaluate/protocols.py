@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from training.evaluate.features import Features
 from training.evaluate.few_shot import few_shot
-from training.evaluate.intervals import mean_interval, share_interval
+from training.evaluate.intervals import mean_interval, pack_bits, share_interval
 from training.evaluate.knn import knn_predict
 from training.evaluate.linear import linear_probe
 from training.evaluate.rows import Row
@@ -62,7 +62,10 @@ def run_linear(train: Features, test: Features, settings: Settings) -> Iterator[
         metric="accuracy",
         value=share_interval(result.correct),
         seconds=time.monotonic() - started,
-        detail={"held_back_accuracy": {f"{rate:g}": value for rate, value in result.held_back_accuracy.items()}},
+        detail={
+            "held_back_accuracy": {f"{rate:g}": value for rate, value in result.held_back_accuracy.items()},
+            "right": pack_bits(result.correct),
+        },
     )
 
 

@@ -183,7 +183,10 @@ def describe_training(provenance: Mapping[str, Any] | None) -> Iterator[str]:
     )
     if recipe.get("init"):
         yield f"- The encoder began with the weights of `{Path(recipe['init']).name}`, whose terms go with these."
-    yield f"- Cost: {cost['steps']:,} steps in {hours:.1f} hours on {cost['hardware']}."
+    yield (
+        f"- Cost: {cost['steps']:,} steps in {hours:.1f} hours, what was measured on the way included, on"
+        f" {cost['hardware']}."
+    )
     versions = ", ".join(f"{key} {value}" for key, value in provenance["versions"].items())
     yield f"- Software: {versions}.\n"
 

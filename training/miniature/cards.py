@@ -7,7 +7,7 @@ from typing import Any
 from training.evaluate.intervals import Interval
 from training.hub.repository import EMBEDDED, as_json
 from training.hub.results import list_accuracies
-from training.miniature.choice import Results, find_default, tuning_figure
+from training.miniature.choice import ARM_NAMED, Results, find_default, lead, tuning_figure
 from training.miniature.study import ARMS, MODEL
 
 IMAGES = ("imagenette", "cifar10", "fashion-mnist")
@@ -67,17 +67,19 @@ def describe_choice(found: Results, arm: str) -> str:
     best = Interval(**tuning_figure(found[f"long-{default}-0"]))
     if arm != default:
         return f"{said} The default, `{default}_imagenette`, has {write(best)}."
-    others = [other.name for other in ARMS if f"long-{other.name}-0" in found and other.name != arm]
-    close = [name for name in others if tuning_figure(found[f"long-{name}-0"])["high"] >= best.low]
-    return f"{said} That is the most of the five methods, which makes it the default" + (
-        f"; but the intervals of {', '.join(f'`{name}_imagenette`' for name in close)} reach into its own: on these"
-        " images it cannot be told from them."
-        if close
-        else "."
+    return f"{said} {describe_lead(found, default)}"
+
+
+def describe_lead(found: Results, default: str) -> str:
+    """How far the default is above the other methods by the criterion, and whether that is more than chance."""
+    ahead = {ARM_NAMED[name]: value for name, value in lead(found, default).items() if not ARM_NAMED[name].control}
+    close = [f"`{arm.name}` (by {write(value, 'points')})" for arm, value in ahead.items() if value.low <= 0]
+    return "That is the most of the five methods, which makes it the default" + (
+        f"; but over the same images its lead is less than its interval over {', '.join(close)}." if close else "."
     )
 
 
-def write(value: Interval) -> str:
+def write(value: Interval, unit: str = "%") -> str:
     """A share with its interval, in per cent."""
     mean, low, high = (f"{100 * number:.1f}" for number in (value.mean, value.low, value.high))
-    return f"{mean} % [{low}, {high}]"
+    return f"{mean} {unit} [{low}, {high}]"

@@ -43,6 +43,10 @@ from training.weights import read_recipe
 TRAINING = Path(__file__).parents[1]
 JUDGE = Path(__file__).with_name(SUPERVISED)
 """The supervised encoder of the committed results: learned anew, it is another judge."""
+SPEED_WINDOW = 80
+"""Steps: as many of each regularise the discriminator (every 16th), and lines of the log (every 20th) end there."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For each of several processes that learn, whatever the shell says: the number of threads decides bits."""
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 """For glibc: keep what a step frees for the next one. Giving it back costs an eighth of an adversarial step on CPU."""
 
@@ -193,7 +197,8 @@ def run(command: Sequence[str], work: Path) -> None:
     """
     shown = " ".join(["python", *command[1:]])
     print(f"\n$ {shown}", flush=True)
-    code = subprocess.run(command, cwd=work, env=KEEP_MEMORY | os.environ, check=False).returncode
+    threads = ONE_THREAD if "torch.distributed.run" in command else {}
+    code = subprocess.run(command, cwd=work, env=KEEP_MEMORY | os.environ | threads, check=False).returncode
     if code:
         raise CellError(f"code {code} of: {shown}")
 
@@ -245,7 +250,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     description = json.loads((folder / "recipe.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     gflop = sum(count_gflop(read_recipe(folder / "encoder.safetensors")).values())
-    speed = usual_speed([line["images_per_second"] for line in lines])
+    speed = usual_speed([(line["step"], line["images_per_second"]) for line in lines])
     images = lines[-1]["step"] * description["recipe"]["batch_size"]
     return {
         "recipe": description["recipe"],
@@ -261,9 +266,25 @@ def describe_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def usual_speed(found: Sequence[float]) -> float:
-    """The speed that a tenth of a run reached: pauses, compiling and other work on the machine are not the method's."""
-    return statistics.quantiles(found, n=10, method="inclusive")[-1] if len(found) > 1 else found[0]
+def usual_speed(lines: Sequence[tuple[int, float]], window: int = SPEED_WINDOW) -> float:
+    """The speed that a tenth of a run reached: pauses, compiling and other work on the machine are not the method's.
+
+    Args:
+        lines: The step at which each line of a log was written, and the images a second since the line before.
+        window: Steps, at least, that a speed is taken over: what a step does now and then counts in all alike.
+
+    Returns:
+        Images a second.
+    """
+    speeds: list[float] = []
+    begun, before, seconds = 0, 0, 0.0  # seconds: of an image a step
+    for step, speed in lines:
+        seconds += (step - before) / speed
+        before = step
+        if step - begun >= window or (step == lines[-1][0] and not speeds):
+            speeds.append((step - begun) / seconds)
+            begun, seconds = step, 0.0
+    return statistics.quantiles(speeds, n=10, method="inclusive")[-1] if len(speeds) > 1 else speeds[0]
 
 
 def describe_machine(place: Place) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from training.evaluate.intervals import Interval, paired_interval, unpack_bits
 from training.miniature.study import ARMS, CAUSES, CLOCK, FLOORS, REMEDIES, TABLES, Arm, Cell, Part
 
 Results = dict[str, dict[str, Any]]
@@ -21,12 +22,15 @@ def list_figures(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {**row, "images": images}
 
 
+def tuning_row(result: dict[str, Any]) -> dict[str, Any]:
+    """The linear probe on the tuning images."""
+    (row,) = (row for row in list_figures(result) if (row["images"], row["protocol"]) == ("tuning", "linear"))
+    return row
+
+
 def tuning_figure(result: dict[str, Any]) -> dict[str, float]:
     """The criterion: `mean`, `low` and `high` of the linear probe's accuracy on the tuning images, in [0, 1]."""
-    (value,) = (
-        row["value"] for row in list_figures(result) if (row["images"], row["protocol"]) == ("tuning", "linear")
-    )
-    figure: dict[str, float] = value
+    figure: dict[str, float] = tuning_row(result)["value"]
     return figure
 
 
@@ -58,13 +62,19 @@ def find_sixth(found: Results) -> str | None:
 
 def find_default(found: Results) -> str | None:
     """The method whose long run is best by the criterion, the first of equals; None until all have run."""
-    accuracy = {}
+    results = {arm.name: found.get(f"long-{arm.name}-0") for arm in ARMS if not arm.control}
+    accuracy = {name: tuning_figure(result)["mean"] for name, result in results.items() if result}
+    return max(accuracy, key=lambda name: accuracy[name]) if len(accuracy) == len(results) else None
+
+
+def lead(found: Results, default: str) -> dict[str, Interval]:
+    """By how much the criterion of the default is above that of every other long run there is, image by image."""
+    tests = {}
     for arm in ARMS:
-        if takes_part(arm, "long", 0):
-            if (result := found.get(f"long-{arm.name}-0")) is None:
-                return None
-            accuracy[arm.name] = tuning_figure(result)["mean"]
-    return max(accuracy, key=lambda name: accuracy[name])
+        if result := found.get(f"long-{arm.name}-0"):
+            images = result["evaluations"]["tuning"]["data"]["test"]["images"]
+            tests[arm.name] = unpack_bits(tuning_row(result)["detail"]["right"], images)
+    return {name: paired_interval(tests[default], right) for name, right in tests.items() if name != default}
 
 
 def fit_epochs(arm: Arm, found: Results) -> float | None:

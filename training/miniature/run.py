@@ -19,10 +19,12 @@ import tyro
 
 from training.hub_configs import HERE as HUB_CONFIGS
 from training.hub_configs import generate as generate_hub_configs
+from training.miniature.alike import check_alike
 from training.miniature.cards import fill_cards
 from training.miniature.cells import CellError, Place, run_cell
 from training.miniature.choice import Results, plan
-from training.miniature.report import CURVES, describe_front, describe_study, draw_curves, list_evaluations
+from training.miniature.curves import draw_curves
+from training.miniature.report import CURVES, describe_front, describe_study, list_chapters, list_evaluations
 from training.miniature.study import Cell
 from training.report.page import write_report as write_page
 
@@ -65,7 +67,7 @@ def write_report(found: Results, folder: Path) -> Path:
         draw_curves(found, folder / CURVES)
     path, findings = folder / "RESULTS.md", folder / FINDINGS
     said = findings.read_text(encoding="utf-8") if findings.exists() else ""
-    path.write_text(describe_study(found, said), encoding="utf-8")
+    path.write_text(describe_study(found, folder, said), encoding="utf-8")
     return path
 
 
@@ -101,9 +103,11 @@ def run_cells(found: Results, place: Place, out: Path, *, only: str, until: floa
 
     Raises:
         CellError: If a command fails.
+        ValueError: If the results so far do not belong together.
     """
     results = out / "results"
     results.mkdir(parents=True, exist_ok=True)
+    check_alike(found)
     while time.monotonic() < until and (cell := next_cell(found, only)):
         found[cell.name] = run_cell(cell, place)
         partial = results / f".partial_{cell.name}.json"
@@ -164,7 +168,7 @@ def main(
             write_front(found)
             write_cards(found)
         if html:
-            write_page([*list_evaluations(found)], html)
+            write_page([*list_evaluations(found)], html, list_chapters(found, out), out)
             print(html)
     except (ValueError, OSError, CellError) as error:
         raise SystemExit(f"run.py: {error}") from error

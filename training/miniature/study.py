@@ -25,12 +25,14 @@ LITE0, SUPERVISED = "lite0.safetensors", "supervised.safetensors"
 """In the working folder, in which commands run: the networks that judge reconstructions. The second is a floor too."""
 NETWORKS = (f"tf_efficientnet_lite0@{LITE0}", f"{MODEL}@{SUPERVISED}")
 """What evaluations call them."""
+NETWORK_NAMES = dict(zip(NETWORKS, ("Lite0", "supervised"), strict=True))
+"""What tables call them."""
 JUDGED_IMAGES = "2000"
 """Of val, that reconstructions are judged on: the networks that judge them cost more than all else together."""
 TRANSFER_FLAGS = ("--train-images", "10000", "--test-images", "5000")
 """Of CIFAR-10 and Fashion-MNIST: what two cores can afford, evenly spaced over the classes."""
 FEW_LABELS = "imagenette-100"
-"""The evaluation that learns from ten labelled images a class and nothing else."""
+"""The evaluation that learns from 100 labelled images, nine to eleven a class, and nothing else."""
 FINETUNED = {
     "finetune": ("--finetune.epochs", "10", "--finetune.precision", "bf16"),
     FEW_LABELS: (
@@ -166,7 +168,7 @@ TABLES: dict[Part, Table] = {
     "epochs": Table(title="Equal epochs", epochs=30, numbers=3),
     "cause": Table(title="What each term does", epochs=30, numbers=1),
     "clock": Table(title="Equal time", epochs=30, numbers=1, controls=False),
-    "long": Table(title="Long runs", epochs=100, numbers=1, controls=False),
+    "long": Table(title="Long runs", epochs=100, numbers=1),
 }
 """In the order in which they are run, the first seed of all before the second of any."""
 
@@ -191,7 +193,10 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """Decides first weights, order, crops and masks: the same for every arm."""
+        """Decides order, crops and masks, the same for every arm, and first weights.
+
+        The encoder's are the same for arms whose decoder has one scale: one of several scales draws more in between.
+        """
         return 0 if self.part in ON_TUNING_IMAGES else self.number
 
 

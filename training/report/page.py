@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from perceptual_mae_models.images import refuse_programs
+from training.report.chapters import Chapter
 from training.report.plots import Plot, draw_plots, draw_swatch
 from training.report.results import Part, Source, flatten, group_sources, list_differences, parse, place_figures
 from training.report.tables import Entry, Figures, Protocol, Table, build_table, find_protocol, list_headlines
 
 WIDEST_PICTURE = 1600
 """Pixels, to which pictures are shrunk."""
+NOT_WRITTEN = ("picture", "right")
+"""By-products for programs: a path, and which images are classified rightly."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Model:
 def build_section(name: str, figures: Figures) -> Section:
     """A protocol's table and by-products."""
     own = {key: figure for key, figure in figures.items() if figure.column.protocol == name}
-    details = [flatten({k: v for k, v in figure.detail.items() if k != "picture"}) for figure in own.values()]
+    details = [flatten({k: v for k, v in figure.detail.items() if k not in NOT_WRITTEN}) for figure in own.values()]
     shared = {key: text for key, text in details[0].items() if all(one.get(key) == text for one in details)}
     grouped: dict[tuple[Entry, str, str], list[str]] = {}
     for figure, detail in zip(own.values(), details, strict=True):
@@ -134,9 +137,13 @@ def load_pictures(sources: Sequence[Source]) -> tuple[Picture, ...]:
 
 
 def _load(folder: Path, name: str, caption: str) -> Picture:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
         return Picture(caption, "", problem=f"{name} lies outside the folder of results.json")
+    return load_picture(folder / name, name, caption)
+
+
+def load_picture(path: Path, name: str, caption: str) -> Picture:
+    """A picture as the page will hold it, or what is wrong with it."""
     try:
         with Image.open(path) as opened:
             refuse_programs(opened)
@@ -202,12 +209,16 @@ def build_data_set(sources: Sequence[Source], figures: Figures, models: Mapping[
     )
 
 
-def write_report(found: Sequence[tuple[Path, Any]], out: Path) -> None:
+def write_report(
+    found: Sequence[tuple[Path, Any]], out: Path, chapters: Sequence[Chapter] = (), folder: Path = Path()
+) -> None:
     """Write a report of evaluations.
 
     Args:
         found: Every `results.json`'s path and content. Pictures are looked for beside it.
         out: The HTML file to write.
+        chapters: What stands before the evaluations.
+        folder: Where the paths of their pictures begin.
 
     Raises:
         ValueError: If there is none, or one is not what `training/evaluate.py` writes, or contradicts itself.
@@ -225,16 +236,24 @@ def write_report(found: Sequence[tuple[Path, Any]], out: Path) -> None:
         lstrip_blocks=True,
     )
     numbers = itertools.count()
+    environment.filters["code"] = mark_names
     environment.filters["inline"] = lambda svg: Markup(number_names(svg, next(numbers)))
     page = environment.get_template("page.html").render(
         data_sets=[build_data_set(group, figures, models) for group, figures in groups],
         models=models,
         sources=sources,
         figures=sum(len(figures) for _, figures in groups),
+        chapters=chapters,
+        shown={path: load_picture(folder / path, path, caption) for one in chapters for caption, path in one.pictures},
         swatches={name: draw_swatch(model.number) for name, model in models.items()},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="replace")  # names of files may have what UTF-8 has not
+
+
+def mark_names(text: str) -> Markup:
+    """What stands between backticks, as code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def number_names(svg: str, number: int) -> str:
