@@ -1,6 +1,7 @@
 """What a recipe costs: counted figures against closed forms, and the dry run that prints them."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,14 @@ import torch
 
 from training import benchmark, pretrain, scale
 from training.benchmark import kinds_of_step
-from training.cost import _count_kept, count_gflop, matmul_peak, measure_cost
+from training.cost import (
+    _count_kept,
+    compute_seconds,
+    count_fp32_gflop,
+    count_gflop,
+    matmul_peak,
+    measure_cost,
+)
 from training.recipes import METHODS, mae, stylegan2_ada_p
 
 
@@ -35,6 +43,24 @@ def test_lazy_penalties_are_spread_over_their_interval() -> None:
     for name in ("r1", "path_length"):
         assert often[name] == pytest.approx(4 * rarely[name])
     assert often["autoencoder"] == pytest.approx(rarely["autoencoder"])
+
+
+def test_float32_is_what_penalties_and_gram_matrices_run_in() -> None:
+    def count(method: str, **changes: Any) -> tuple[dict[str, float], float]:
+        recipe = replace(METHODS[method]("vit_pico_patch8_pmae"), **{"precision": "bf16", **changes})
+        return count_gflop(recipe), count_fp32_gflop(recipe)
+
+    for method in ("mae", "ls_gan_p", "stylegan2_ada_p"):
+        gflop, float32 = count(method, precision="fp32")
+        assert float32 == pytest.approx(sum(gflop.values()))
+    assert count("mae")[1] == 0
+    gflop, float32 = count("stylegan2_ada_p")
+    assert 0.9 * (gflop["r1"] + gflop["path_length"]) < float32 < 0.3 * sum(gflop.values())
+    assert count("ls_gan_p", style_weight=1.0)[1] > count("ls_gan_p", style_weight=0.0)[1]
+
+
+def test_each_precision_takes_its_own_time() -> None:
+    assert compute_seconds(300.0, 20.0, 280.0, 10.0) == pytest.approx(0.001 + 0.002)
 
 
 def test_memory_grows_with_what_is_kept() -> None:
@@ -66,9 +92,10 @@ def test_dry_run_derives_its_figures(method: str, capsys: pytest.CaptureFixture[
     for expected in ("vit_large_patch16_pmae", "parameters", "GFLOP per image", "memory per device", "device hours"):
         assert expected in told
     hours = float(told.split("device hours")[1].split()[0])
-    gflop = float(told.split("  all")[1].split()[0])
+    gflop, float32 = (float(number) for number in re.findall(r"  all +([\d.]+), ([\d.]+) of them in float32", told)[0])
     images = int(told.rsplit("steps  ", 1)[1].split()[0]) * 4096
-    assert hours == pytest.approx(gflop * 1e9 * images / (312e12 * 0.4) / 3600, rel=0.01)
+    seconds = (gflop - float32) / 312e3 + float32 / 19.5e3  # of an image at both peaks
+    assert hours == pytest.approx(seconds * images / 0.4 / 3600, rel=0.01)
 
 
 def test_a_dry_run_heeds_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Order and content of the batches depend on the seed and on the step, and on nothing else."""
 
+import errno
 import tarfile
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 
 from perceptual_mae_models.images import ImageError
-from training.data import images
+from training.data import images, readers
 from training.data.images import ImageSource, RandomView, RandomViews, create_loader
+from training.data.readers import StorageError
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 
 
@@ -138,6 +140,47 @@ def test_a_broken_image_is_named_and_replaced_by_the_next(photos: Path, tmp_path
     assert view.shape == (3, 32, 32)
     with pytest.raises(ImageError, match=r"1\.png"):
         source.load(broken)
+
+
+def test_storage_that_fails_is_asked_again_and_no_broken_image(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ImageSource(photos)
+    views = RandomViews(source, (32, 32), (0.2, 1.0), seed=0)
+    expected, read, pauses = views[ImageKey(0, 3)][0], source.reader.read, []
+
+    def fail(times: int, number: int) -> None:
+        answers = iter([True] * times)
+
+        def reading(index: int) -> bytes:
+            if next(answers, False):
+                raise OSError(number, "no answer")
+            return read(index)
+
+        monkeypatch.setattr(source.reader, "read", reading)
+
+    monkeypatch.setattr(readers.time, "sleep", pauses.append)
+    fail(3, errno.EIO)
+    view, broken = views[ImageKey(0, 3)]
+    assert torch.equal(view, expected)
+    assert (broken, pauses) == ([], [1, 5, 20])
+    fail(4, errno.ESTALE)
+    with pytest.raises(StorageError, match=rf"{source.name(3)}: .*no answer, 4 times; --resume auto"):
+        views[ImageKey(0, 3)]
+    fail(1, errno.EACCES)
+    assert [name.split(":")[0] for name in views[ImageKey(0, 3)][1]] == [source.name(3)]
+
+
+def test_very_many_broken_images_in_a_row_end_the_search(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BROKEN_RUN", 5)
+    source, tried = ImageSource(photos), []
+
+    def reading(index: int) -> bytes:
+        tried.append(index)
+        return b""
+
+    monkeypatch.setattr(source.reader, "read", reading)
+    with pytest.raises(ImageError, match=rf"from {source.name(22)} on, none of 5 images decodes: .*: empty"):
+        RandomViews(source, (32, 32), (0.2, 1.0), seed=0)[ImageKey(0, 22)]
+    assert tried == [22, 23, 0, 1, 2]
 
 
 def test_broken_neighbours_are_named_once_an_epoch(photos: Path, tmp_path: Path) -> None:

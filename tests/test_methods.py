@@ -4,13 +4,15 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file
-from test_pretrain import fail_here, kill_after, losses, metrics, run, run_here
+from test_pretrain import ROOT, environment, fail_here, kill_after, losses, metrics, run, run_here
 
 from training.run.signals import EXIT_INTERRUPTED
 
@@ -77,7 +79,7 @@ def test_killed_at_some_step_and_resumed_ends_bit_equal(
     assert losses(out) == losses(straight / method)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_writes_a_checkpoint_and_leaves_with_its_own_code(
     number: signal.Signals, photos: Path, straight: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +94,48 @@ def test_a_signal_writes_a_checkpoint_and_leaves_with_its_own_code(
     assert 1 <= int(checkpoint.name.removeprefix("step_")) < 5
     run_here(*told)
     assert_same_checkpoints(out, straight / "ls_gan_p")
+
+
+def test_processes_leave_together_when_the_checkpoint_is_written(photos: Path, tmp_path: Path) -> None:
+    """A launcher kills the others soon after one has left; only the first one writes."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        """
+import os, pathlib, signal, sys, time
+from training import pretrain
+from training.run import record
+
+def save_slowly(*arguments, **options):
+    time.sleep(2)
+    save(*arguments, **options)
+
+def signal_after(self, *arguments):
+    after_step(self, *arguments)
+    if self.step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+save, after_step = record.save_checkpoint, record.RunRecord.after_step
+record.save_checkpoint, record.RunRecord.after_step = save_slowly, signal_after
+try:
+    pretrain.main(sys.argv[1:])
+finally:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+    found = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    (folder / f"left{os.environ['RANK']}").write_text(" ".join(found))
+"""
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    told = arguments("mae", photos, tmp_path / "out", "--checkpoint-every", "1000")
+    finished = subprocess.run(
+        [sys.executable, *launcher, str(driver), *told],
+        env={**environment(2), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "SIGTERM after step 2" in finished.stderr
+    assert [(tmp_path / "out" / f"left{rank}").read_text() for rank in (0, 1)] == ["step_00000002"] * 2
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,18 @@ def test_nothing_is_enlarged_and_plain_jpegs_are_copied(photos: Path, tmp_path: 
     assert "exif" not in Image.open(tmp_path / "out" / "turned.jpg").info
 
 
+def test_squashed_images_are_squares(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "square"
+    main(str(photos), out, short_side=40, squash=True, workers=0)
+    source, small = ImageSource(photos), ImageSource(out)
+    expected = jpeg(source.load(5).resize((40, 40), Image.Resampling.BICUBIC), quality=95)
+    assert small.reader.read(5) == expected
+    main(str(photos), tmp_path / "large", short_side=400, squash=True, workers=0)
+    assert ImageSource(tmp_path / "large").load(5).size == (80, 80), "nothing is enlarged"
+    with pytest.raises(SystemExit, match="begun with other squash"):
+        main(str(photos), out, short_side=40, workers=0)
+
+
 def test_names_never_collide_or_lead_out() -> None:
     names = ["a/x.png", "a/x.jpg", "a/X.PNG", "b/x.png", "a/x-2.png", "/etc/x.png", "../../x.png", "a/v1.2.png"]
     targets = target_names(names)

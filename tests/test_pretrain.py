@@ -1,5 +1,6 @@
 """Whole runs, through the command line that users type."""
 
+import errno
 import json
 import os
 import shutil
@@ -351,6 +352,21 @@ def test_a_folder_in_which_nothing_was_learned_is_taken_over_and_one_in_use_is_n
     assert json.loads((out / "recipe.json").read_text())["recipe"]["batch_size"] == 8
     assert "already holds a run" in fail_here(*arguments)
     assert f"{photos / 'class0' / '00.png'}" in fail_here(*arguments, "--out", photos / "class0" / "00.png")
+
+
+def test_a_file_system_that_cannot_lock_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with own_run_folder(tmp_path / "out"):
+        assert "cannot lock" in capsys.readouterr().err
+        with own_run_folder(tmp_path / "out"):  # a marker of a killed run would keep this one out
+            pass
 
 
 def test_an_error_ends_a_run_whose_loaders_are_other_processes(photos: Path, tmp_path: Path) -> None:

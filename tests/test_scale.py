@@ -16,7 +16,7 @@ from training.step import training_step
 from training.team import create_team
 
 DOCUMENT = Path(scale.__file__).with_name("SCALE.md")
-COUNTS = Counts({"autoencoder": 50.0, "discriminator": 50.0}, 10**8, 12 * 10**8, 16 * 10**8)
+COUNTS = Counts({"autoencoder": 50.0, "discriminator": 50.0}, 0.0, 10**8, 12 * 10**8, 16 * 10**8)
 # 10^14 operations a second: 1,000 images of 10^11 operations each
 MACHINE = Assumptions(
     gpu_peak_tflops=200,

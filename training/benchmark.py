@@ -342,6 +342,8 @@ def main(options: Options) -> None:
         print(json.dumps(measured, indent=2))
     else:
         if "WORLD_SIZE" in os.environ:
+            if options.device == "auto" and torch.cuda.is_available():
+                raise SystemExit("benchmark.py: several processes are timed on the CPU alone: --device cpu")
             torch.distributed.init_process_group("gloo")
         measured = measure(options)
         if int(os.environ.get("RANK", 0)):

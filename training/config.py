@@ -108,12 +108,14 @@ class Estimate:
     devices: int = 8
     """Processes, one a device."""
     peak_tflops: float = 312.0
-    """A device's matrix-product peak, 10^12 operations a second; an A100's in bf16 by its data sheet."""
+    """A device's matrix-product peak in bf16, 10^12 operations a second; an A100's by its data sheet."""
+    fp32_peak_tflops: float = 19.5
+    """The same in float32, in which penalties and Gram matrices run: TF32 is off in training."""
     assumed_utilisation: float = 0.4
-    """Share of that peak that the run reaches; metrics.jsonl and training/benchmark.py say what yours does."""
+    """Share of these peaks that the run reaches; metrics.jsonl and training/benchmark.py say what yours does."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "devices", "peak_tflops", "assumed_utilisation"):
+        for name in ("images", "devices", "peak_tflops", "fp32_peak_tflops", "assumed_utilisation"):
             if (value := getattr(self, name)) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
 

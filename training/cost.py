@@ -37,6 +37,8 @@ class Cost:
 
     gflop: dict[str, float]
     """10^9 floating point operations (a multiply-add is two) by part of the step."""
+    fp32_gflop: float
+    """Those of them that run in float32: all of a float32 run, the islands of a bf16 one."""
     activation_bytes: int
     """Most that is kept for backward passes at once, an image; steps with a lazy penalty need more."""
     cast_bytes: int
@@ -76,10 +78,16 @@ def measure_cost(recipe: Recipe, *, grad_checkpointing: bool = False) -> Cost:
     copies = parameters["encoder"] + parameters["decoder"] if recipe.ema_decay else 0
     if getattr(recipe, "phi", "") == "snapshot":
         copies += parameters["discriminator"]
-    return Cost(count_gflop(recipe), (many - few) // 8, max(0, 2 * few - many), parameters, 4 * (4 * learned + copies))
+    return Cost(
+        gflop=count_gflop(recipe),
+        fp32_gflop=count_fp32_gflop(recipe),
+        activation_bytes=(many - few) // 8,
+        cast_bytes=max(0, 2 * few - many),
+        parameters=parameters,
+        state_bytes=4 * (4 * learned + copies),
+    )
 
 
-@functools.cache
 def count_gflop(recipe: Recipe, *, before_start: bool = False) -> dict[str, float]:
     """10^9 floating point operations an image and step, by part; see `Cost`.
 
@@ -87,19 +95,47 @@ def count_gflop(recipe: Recipe, *, before_start: bool = False) -> dict[str, floa
         recipe: Of the step.
         before_start: Of a step before `adversarial_start`.
     """
+    return {part: everything for part, (everything, _) in _count(recipe, before_start=before_start).items()}
+
+
+def count_fp32_gflop(recipe: Recipe, *, before_start: bool = False) -> float:
+    """Those of `count_gflop`, all parts together, that run in float32."""
+    return sum(float32 for _, float32 in _count(recipe, before_start=before_start).values())
+
+
+@functools.cache
+def _count(recipe: Recipe, *, before_start: bool) -> dict[str, tuple[float, float]]:
+    """By part of the step: all operations, and those in float32."""
     recipe = _without_timm_phi(recipe)
-    gflop: dict[str, float] = {}
+    gflop: dict[str, tuple[float, float]] = {}
     # torch has formulas for plain arithmetic
     with fake_team(recipe) as team, _FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
 
         def mark(part: str) -> None:
-            if flops := counter.pop():
-                gflop[part] = gflop.get(part, 0.0) + flops / 1e9 / _SAMPLES
+            found = counter.pop()
+            if any(found):
+                before = gflop.get(part, (0.0, 0.0))
+                gflop[part] = before[0] + found[0] / 1e9 / _SAMPLES, before[1] + found[1] / 1e9 / _SAMPLES
 
         _fake_pass(recipe, _SAMPLES, team, mark, plain=before_start)
     if isinstance(recipe, AdversarialRecipe) and not before_start:
-        gflop |= {p.name: gflop[p.name] / p.every for p in penalties(recipe) if p.every}
+        for penalty in penalties(recipe):
+            if penalty.every:
+                everything, float32 = gflop[penalty.name]
+                gflop[penalty.name] = everything / penalty.every, float32 / penalty.every
     return gflop
+
+
+def compute_seconds(gflop: float, fp32_gflop: float, peak_tflops: float, fp32_peak_tflops: float) -> float:
+    """The least time that arithmetic takes, each part at its own peak.
+
+    Args:
+        gflop: 10^9 operations, all of them.
+        fp32_gflop: Those in float32. TF32 is off in training.
+        peak_tflops: 10^12 operations a second, in bf16.
+        fp32_peak_tflops: The same in float32.
+    """
+    return (gflop - fp32_gflop) / 1e3 / peak_tflops + fp32_gflop / 1e3 / fp32_peak_tflops
 
 
 def matmul_peak(device: torch.device, precision: str, *, seconds: float = 0.3) -> float:
@@ -131,6 +167,7 @@ def describe(
     num_images: int | None,
     per_device: int,
     peak_tflops: float,
+    fp32_peak_tflops: float,
     utilisation: float,
     grad_checkpointing: bool = False,
 ) -> str:
@@ -140,17 +177,20 @@ def describe(
         recipe: The run.
         num_images: Size of the data set; None: a stream that does not say, whose recipe says `steps`.
         per_device: Images of one pass on one device.
-        peak_tflops: The device's matrix-product peak, 10^12 operations a second.
-        utilisation: Share of the peak that the run reaches.
+        peak_tflops: The device's matrix-product peak in bf16, 10^12 operations a second.
+        fp32_peak_tflops: The same in float32.
+        utilisation: Share of the peaks that the run reaches.
         grad_checkpointing: Whether the autoencoder's blocks are computed twice, which costs up to a third more time
             and is not in the hours.
     """
     cost, steps = measure_cost(recipe, grad_checkpointing=grad_checkpointing), recipe.num_steps(num_images)
     plain_steps = min(steps, getattr(recipe, "adversarial_start", 0))
-    gflop = cost.gflop_per_image * (steps - plain_steps)
+    seconds = compute_seconds(cost.gflop_per_image, cost.fp32_gflop, peak_tflops, fp32_peak_tflops)
+    seconds *= steps - plain_steps
     if plain_steps:
-        gflop += sum(count_gflop(recipe, before_start=True).values()) * plain_steps
-    hours = gflop * 1e9 * recipe.batch_size / (peak_tflops * 1e12 * utilisation) / 3600
+        before = sum(count_gflop(recipe, before_start=True).values()), count_fp32_gflop(recipe, before_start=True)
+        seconds += compute_seconds(*before, peak_tflops, fp32_peak_tflops) * plain_steps
+    hours = seconds * recipe.batch_size / utilisation / 3600
     fixed, image = cost.state_bytes + cost.cast_bytes, cost.activation_bytes
     lines = [f"{name:<20} {value}" for name, value in dataclasses.asdict(recipe).items()]
     lines += ["", "parameters (10^6)"]
@@ -158,15 +198,16 @@ def describe(
     lines += ["", "GFLOP per image and step, forward and backward"]
     lines += [f"  {name:<18} {value:.2f}" for name, value in cost.gflop.items()]
     lines += [
-        f"  {'all':<18} {cost.gflop_per_image:.2f}",
+        f"  {'all':<18} {cost.gflop_per_image:.2f}, {cost.fp32_gflop:.2f} of them in float32",
         "",
         f"memory per device    {fixed / 2**30:.2f} GiB of weights, gradients and optimiser state"
         f" + {per_device} images of {image / 2**20:.1f} MiB"
         f" = {(fixed + per_device * image) / 2**30:.2f} GiB, before torch's own overhead",
         f"steps                {steps} of {recipe.batch_size} images"
         + ("" if num_images is None else f"; {num_images} images an epoch"),
-        f"device hours         {hours:{'.1f' if hours >= 10 else '.2g'}} at {utilisation:.0%} of a matrix-product peak"
-        f" of {peak_tflops:g} TFLOP/s (--peak-tflops, --assumed-utilisation)",
+        f"device hours         {hours:{'.1f' if hours >= 10 else '.2g'}} at {utilisation:.0%} of matrix-product peaks"
+        f" of {peak_tflops:g} TFLOP/s, in float32 {fp32_peak_tflops:g}"
+        " (--peak-tflops, --fp32-peak-tflops, --assumed-utilisation)",
     ]
     if grad_checkpointing:
         lines.append("not counted          the second pass through the autoencoder's blocks: its time")
@@ -250,18 +291,22 @@ class _FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops = self.float32 = 0
 
-    def pop(self) -> int:
-        """Operations since the last call."""
-        flops, self.flops = self.flops, 0
-        return flops
+    def pop(self) -> tuple[int, int]:
+        """Operations since the last call: all, and those in float32."""
+        found = self.flops, self.float32
+        self.flops = self.float32 = 0
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += flops
+            if args[0].dtype == torch.float32:
+                self.float32 += flops
         return out
 
 

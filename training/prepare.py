@@ -3,6 +3,8 @@
     python training/prepare.py in1k/train in1k-256/train --short-side 256
     python training/prepare.py hf:user/photos photos-256 --short-side 256 --images-per-shard 10000
 
+    python training/prepare.py imagenette2/train imagenette-128/train --short-side 128 --squash --quality 90
+
 reads anything that `training/data/readers.py` lists and writes upright RGB JPEGs: a folder with the source's own
 folders, or tars in WebDataset's layout, shuffled over all shards. Both are `--data` for pretrain.py. No image is
 enlarged, and a JPEG that needs no change is copied as it is. A killed run goes on with the same command.
@@ -45,7 +47,7 @@ class Prepared(NamedTuple):
     """Why it is broken, with its name; empty if it is not."""
 
 
-def resize_to_jpeg(data: bytes, name: str, short_side: int, quality: int) -> bytes:
+def resize_to_jpeg(data: bytes, name: str, short_side: int, quality: int, *, squash: bool = False) -> bytes:
     """An image as a JPEG whose shorter side is at most `short_side`.
 
     Args:
@@ -53,6 +55,7 @@ def resize_to_jpeg(data: bytes, name: str, short_side: int, quality: int) -> byt
         name: What to call it in a message.
         short_side: Pixels; a smaller image keeps its size.
         quality: Pillow's JPEG quality, 1 to 95.
+        squash: Make it a square of that side, whatever its shape.
 
     Returns:
         The file; `data` itself if it is an upright RGB JPEG and small enough.
@@ -61,12 +64,13 @@ def resize_to_jpeg(data: bytes, name: str, short_side: int, quality: int) -> byt
         ImageError: If it does not decode.
     """
     image = decode(data, name)
-    scale = short_side / min(image.size)
-    if scale >= 1 and _is_plain_jpeg(data):
+    scale = min(1.0, short_side / min(image.size))
+    width, height = (max(min(short_side, side), round(side * scale)) for side in image.size)
+    size = (min(width, height),) * 2 if squash else (width, height)
+    if size == image.size and _is_plain_jpeg(data):
         return data
-    if scale < 1:
-        width, height = (max(short_side, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -101,13 +105,16 @@ def target_names(names: Iterable[str]) -> list[str]:
 class Resizing(Dataset[Prepared]):
     """The source's images, resized by loader processes."""
 
-    def __init__(self, reader: Reader, targets: list[str], short_side: int, quality: int) -> None:
-        self.reader, self.targets, self.short_side, self.quality = reader, targets, short_side, quality
+    def __init__(
+        self, reader: Reader, targets: list[str], short_side: int, quality: int, *, squash: bool = False
+    ) -> None:
+        self.reader, self.targets = reader, targets
+        self.short_side, self.quality, self.squash = short_side, quality, squash
 
     def __getitem__(self, index: int) -> Prepared:
         name = self.reader.name(index)
         try:
-            data = resize_to_jpeg(self.reader.read(index), name, self.short_side, self.quality)
+            data = resize_to_jpeg(self.reader.read(index), name, self.short_side, self.quality, squash=self.squash)
         except ImageError as error:
             return Prepared(self.targets[index], b"", str(error))
         except OSError as error:
@@ -200,7 +207,7 @@ def claim(dst: Path, settings: dict[str, Any]) -> None:
     """
     manifest = dst / MANIFEST
     if manifest.exists():
-        begun = json.loads(manifest.read_text())["settings"]
+        begun = {"squash": False} | json.loads(manifest.read_text())["settings"]  # older ones do not say
         if changed := [key for key in settings if begun.get(key) != settings[key]]:
             raise SystemExit(f"prepare.py: {dst} was begun with other {', '.join(changed)}: choose a new folder")
     elif dst.exists() and any(dst.iterdir()):
@@ -259,6 +266,7 @@ def main(
     dst: Annotated[Path, tyro.conf.Positional],
     short_side: int,
     quality: int = 95,
+    squash: bool = False,
     shards: int | None = None,
     images_per_shard: int | None = None,
     workers: int = os.cpu_count() or 1,
@@ -272,6 +280,7 @@ def main(
         dst: A new folder, or one that an interrupted run of this command left.
         short_side: Length of the shorter side in pixels; smaller images keep their size.
         quality: JPEG quality, 1 to 95.
+        squash: Make every image a square of that side, whatever its shape.
         shards: Write so many tars instead of a folder.
         images_per_shard: Write tars of about so many images instead.
         workers: Processes; 0 resizes in this one.
@@ -287,12 +296,14 @@ def main(
     try:
         reader = open_reader(src, split=split, column=column)
         count = shards or (math.ceil(len(reader) / images_per_shard) if images_per_shard else 0)
-        print(prepare(reader, dst, short_side, quality, shards=min(count, len(reader)), workers=workers))
+        print(prepare(reader, dst, short_side, quality, squash=squash, shards=min(count, len(reader)), workers=workers))
     except (ValueError, OSError) as error:
         raise SystemExit(f"prepare.py: {error}") from error
 
 
-def prepare(reader: Reader, dst: Path, short_side: int, quality: int, *, shards: int, workers: int) -> str:
+def prepare(
+    reader: Reader, dst: Path, short_side: int, quality: int, *, squash: bool = False, shards: int, workers: int
+) -> str:
     """Do what `main` says, with `shards` 0 for a folder.
 
     Returns:
@@ -308,13 +319,14 @@ def prepare(reader: Reader, dst: Path, short_side: int, quality: int, *, shards:
         "short_side": short_side,
         "quality": quality,
         "shards": shards,
+        "squash": squash,
     }
     claim(dst, settings)
     manifest = {"settings": settings, "complete": False}
     save_manifest(dst, manifest)
     targets = target_names(names)
     layout: Layout = Shards(dst, targets, shards) if shards else Folders(dst, targets)
-    images, pending = Resizing(reader, targets, short_side, quality), layout.pending()
+    images, pending = Resizing(reader, targets, short_side, quality, squash=squash), layout.pending()
     loader: DataLoader[Any] = DataLoader(
         images, batch_size=None, sampler=pending, num_workers=workers, prefetch_factor=16 if workers else None
     )

@@ -35,6 +35,7 @@ from training.cost import count_gflop, describe, matmul_peak
 from training.curves import save_curves
 from training.data.feed import batches, describe_data, num_images, preview
 from training.data.images import ImageSource
+from training.data.readers import StorageError
 from training.data.stream import ImageStream
 from training.draws import draw_ahead
 from training.evaluate.monitor import IMAGES_KEPT, KnnMonitor, check_held_out, describe_doubles
@@ -94,7 +95,7 @@ def pretrain(config: Config) -> None:
     }
     defaults = {field.name: field.default for field in dataclasses.fields(recipe) if field.name != "method"}
     checkpoint = find_checkpoint(out, description, resume=config.output.resume == "auto", defaults=defaults)
-    measure = create_measure(config, source, team, main=accelerator.is_main_process)
+    measure = create_measure(config, source, team, main=accelerator.is_main_process, begun=checkpoint is not None)
     accelerator.wait_for_everyone()  # nobody may find the folder that this very run creates
     with own_run_folder(out) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
@@ -164,6 +165,7 @@ def optimise(
             record.after_step(scalars, team.player.optimizer.param_groups[0]["lr"], batch.broken)
             if name := stop.agreed():
                 record.checkpoint()
+                stop.wait_for_all()
                 raise Interrupted(f"{name} after step {record.step}: go on with --resume auto")
             clock.mark("record")
     return record.close()
@@ -214,9 +216,16 @@ def create_record(
 
 
 def create_measure(
-    config: Config, source: ImageSource | ImageStream, team: Team, *, main: bool
+    config: Config, source: ImageSource | ImageStream, team: Team, *, main: bool, begun: bool = False
 ) -> Callable[[], dict[str, float]] | None:
     """The metrics of held-out images, where the command names some; images are decoded on the main process alone.
+
+    Args:
+        config: The command.
+        source: What is learned from.
+        team: Whose encoder is measured.
+        main: Whether this is the main process.
+        begun: Whether the run has begun, and said which of these images are there twice: all files are read for it.
 
     Raises:
         ValueError: If nothing follows from these images, or epochs cannot be counted.
@@ -233,7 +242,7 @@ def create_measure(
     check_held_out(held_out, bank, source if isinstance(source, ImageSource) else None)
     if not main:
         return lambda: {}
-    if bank and (doubles := describe_doubles(held_out, bank)):
+    if bank and not begun and (doubles := describe_doubles(held_out, bank)):
         print(doubles, file=sys.stderr)
     for kept in (held_out, *([bank] if bank else [])):
         if len(kept) > IMAGES_KEPT:
@@ -295,6 +304,7 @@ def dry_run(config: Config) -> str:
         grad_checkpointing=config.runtime.grad_checkpointing,
         per_device=config.recipe.batch_size // (estimate.devices * config.runtime.micro_batches),
         peak_tflops=estimate.peak_tflops,
+        fp32_peak_tflops=estimate.fp32_peak_tflops,
         utilisation=estimate.assumed_utilisation,
     )
 
@@ -326,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as interruption:
         print(f"pretrain.py: stopped by {interruption}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from interruption
-    except (RunError, CheckpointError, ValueError, OSError, ImageError) as error:
+    except (RunError, StorageError, CheckpointError, ValueError, OSError, ImageError) as error:
         raise SystemExit(f"pretrain.py: {error}") from error
 
 

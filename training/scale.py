@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
-from training.cost import IMAGENET_IMAGES, count_gflop, fake_team
+from training.cost import IMAGENET_IMAGES, compute_seconds, count_fp32_gflop, count_gflop, fake_team
 from training.data.stream import MAX_LANES
 from training.recipes import METHODS, Recipe
 
@@ -35,9 +35,11 @@ class Assumptions:
     """The machine, and what is expected of it. Defaults: eight A100 a node."""
 
     gpu_peak_tflops: float = 312.0
-    """Matrix-product peak of a GPU, 10^12 operations a second; an A100's in bf16 by its data sheet."""
+    """Matrix-product peak of a GPU in bf16, 10^12 operations a second; an A100's by its data sheet."""
+    gpu_fp32_peak_tflops: float = 19.5
+    """The same in float32."""
     utilisation: float = 0.4
-    """Share of that peak that large batches reach."""
+    """Share of these peaks that large batches reach."""
     fixed_seconds: float = 0.02
     """Time of a step that no further GPU shortens: launches, optimisers, draws."""
     gpus_per_node: int = 8
@@ -74,6 +76,8 @@ class Counts:
 
     gflop: dict[str, float]
     """10^9 operations an image and step, by part, to two decimals."""
+    fp32_gflop: float
+    """Those of them that run in float32."""
     learned: int
     """Parameters with a gradient, all networks."""
     checkpoint: int
@@ -82,9 +86,14 @@ class Counts:
     """The same with --ema-decay."""
 
     @property
-    def flop(self) -> float:
-        """Operations an image and step."""
-        return sum(self.gflop.values()) * 1e9
+    def all_gflop(self) -> float:
+        """All parts together."""
+        return sum(self.gflop.values())
+
+    def image_seconds(self, a: Assumptions) -> float:
+        """What an image's arithmetic takes on one GPU."""
+        seconds = compute_seconds(self.all_gflop, self.fp32_gflop, a.gpu_peak_tflops, a.gpu_fp32_peak_tflops)
+        return seconds / a.utilisation
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,8 @@ Costs = dict[tuple[str, str], Counts]
 
 def count(recipe: Recipe) -> Counts:
     """Count a recipe's arithmetic and tensors."""
-    return Counts({part: round(value, 2) for part, value in count_gflop(recipe).items()}, *count_tensors(recipe))
+    gflop = {part: round(value, 2) for part, value in count_gflop(recipe).items()}
+    return Counts(gflop, round(count_fp32_gflop(recipe), 2), *count_tensors(recipe))
 
 
 def count_tensors(recipe: Recipe) -> tuple[int, int, int]:
@@ -143,7 +153,7 @@ def loader_cores(gpus: int, a: Assumptions, *, streamed: bool) -> int:
 
 def gpu_seconds(costs: Counts, gpus: int, a: Assumptions) -> dict[str, float]:
     """Seconds of a step by what the GPUs do, of the all-reduce only what does not hide behind the backward pass."""
-    compute = BATCH / gpus * costs.flop / (a.gpu_peak_tflops * 1e12 * a.utilisation)
+    compute = BATCH / gpus * costs.image_seconds(a)
     link = a.node_bytes_per_second if gpus <= a.gpus_per_node else a.network_bytes_per_second
     reduce = ring_seconds(4 * costs.learned, gpus, link)
     return {"compute": compute, "fixed": a.fixed_seconds, "all-reduce": max(0.0, reduce - a.overlap * compute)}
@@ -219,8 +229,18 @@ def table_of_counts(costs: Costs) -> str:
     for (size, method), c in costs.items():
         parts = ", ".join(f"{part} {value:.2f}" for part, value in c.gflop.items())
         numbers = f"{c.learned:,}", f"{4 * c.learned / 1e6:.0f}", f"{c.checkpoint:,}", f"{c.checkpoint_ema:,}"
-        rows.append((size, method, f"{c.flop / 1e9:.2f}", parts, *numbers))
-    header = "ViT", "method", "GFLOP an image", "by part", "learned", "gradient MB", "checkpoint bytes", "with average"
+        rows.append((size, method, f"{c.all_gflop:.2f}", f"{c.fp32_gflop:.2f}", parts, *numbers))
+    header = (
+        "ViT",
+        "method",
+        "GFLOP an image",
+        "in float32",
+        "by part",
+        "learned",
+        "gradient MB",
+        "checkpoint bytes",
+        "with average",
+    )
     return table(header, rows)
 
 
@@ -230,10 +250,10 @@ def read_counts(report: str) -> Costs:
     for line in report.partition("### Counted")[2].partition("###")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in RUNS:
-            parts = [part.rsplit(" ", 1) for part in cells[3].split(", ")]
-            learned, checkpoint, with_ema = (int(cells[i].replace(",", "")) for i in (4, 6, 7))
+            parts = [part.rsplit(" ", 1) for part in cells[4].split(", ")]
+            learned, checkpoint, with_ema = (int(cells[i].replace(",", "")) for i in (5, 7, 8))
             gflop = {name: float(value) for name, value in parts}
-            costs[cells[0], cells[1]] = Counts(gflop, learned, checkpoint, with_ema)
+            costs[cells[0], cells[1]] = Counts(gflop, float(cells[3]), learned, checkpoint, with_ema)
     if not costs:
         raise ValueError("no table under '### Counted'")
     return costs
@@ -273,7 +293,7 @@ def saturation(costs: Counts, a: Assumptions) -> tuple[float, float, float]:
         Loader cores that one computing GPU needs; the numbers of GPUs from which a step's fixed part, and from which
         its all-reduce between nodes (all of it), takes longer than its compute.
     """
-    images_per_second = a.gpu_peak_tflops * 1e12 * a.utilisation / costs.flop
+    images_per_second = 1 / costs.image_seconds(a)
     fixed = BATCH / images_per_second / a.fixed_seconds
     # compute / n = 2 (n - 1) / n x bytes / bandwidth, solved for n
     reduce = 1 + BATCH / images_per_second * a.network_bytes_per_second / (2 * 4 * costs.learned)

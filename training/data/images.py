@@ -13,10 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from perceptual_mae_models.images import ImageError, open_image
-from training.data.readers import PartReader, open_reader
+from training.data.readers import PartReader, open_reader, read_patiently
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.seeding import derive_seed
 from training.run.signals import ignore_in_workers
+
+MAX_BROKEN_RUN = 1000
+"""So many broken images in a row are no accident."""
+LOADER_PATIENCE = 1800.0
+"""Seconds, after which a batch that does not come ends the run, instead of keeping all GPUs waiting."""
 
 
 class ImageSource:
@@ -74,11 +79,12 @@ class ImageSource:
 
         Raises:
             ImageError: If it cannot be read or does not decode.
+            StorageError: If that is the storage's fault.
         """
         if self.decoded is not None and index in self.decoded:
             return self.decoded[index]
         try:
-            data = self.reader.read(index)
+            data = read_patiently(self.reader, index)
         except OSError as error:
             raise ImageError(self.name(index), str(error)) from error
         image = decode(data, self.name(index))
@@ -189,7 +195,7 @@ class RandomViews(Dataset[tuple[Tensor, list[str]]]):
 
     def __getitem__(self, key: ImageKey) -> tuple[Tensor, list[str]]:
         broken: list[str] = []
-        for offset in range(len(self.source)):
+        for offset in range(min(len(self.source), MAX_BROKEN_RUN)):
             index = (key.image + offset) % len(self.source)
             try:
                 image = self.source.load(index)
@@ -197,7 +203,10 @@ class RandomViews(Dataset[tuple[Tensor, list[str]]]):
             except ImageError as error:
                 broken.append(str(error))
         else:
-            raise ImageError(self.source.spec, f"none of its {len(self.source)} images decodes")
+            which = (
+                "none of its" if len(broken) == len(self.source) else f"from {self.source.name(key.image)} on, none of"
+            )
+            raise ImageError(self.source.spec, f"{which} {len(broken)} images decodes: {broken[-1]}")
         # those behind the first are named when their own turn comes
         return self.view(image, derive_seed(self.seed, "view", *key)), broken[:1]
 
@@ -223,5 +232,6 @@ def create_loader(views: RandomViews, sampler: DeterministicBatchSampler, *, wor
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
+        timeout=LOADER_PATIENCE if workers else 0,
     )
     return loader

@@ -10,7 +10,9 @@
 | `hf:…` | a Hugging Face data set, see `training/data/hub.py` |
 """
 
+import errno
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +25,16 @@ from training.data.idx import IdxReader, is_idx
 from training.data.tars import CompressedTarReader, TarReader, expand_braces, is_image, is_shown, number_classes
 
 HUB_PREFIX = "hf:"
+RETRY_AFTER = (1.0, 5.0, 20.0)
+"""Seconds after which storage that fails is asked again."""
+OF_STORAGE = {
+    getattr(errno, name) for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN") if hasattr(errno, name)
+}
+"""Errors of which another image in the place of this one would be no mending."""
+
+
+class StorageError(RuntimeError):
+    """A disk, or a file system of a network, that does not answer."""
 
 
 class Reader(Protocol):
@@ -125,6 +137,29 @@ class PartReader:
     def read(self, index: int) -> bytes:
         """The image's file."""
         return self.reader.read(self.numbers[index])
+
+
+def read_patiently(reader: Reader, index: int) -> bytes:
+    """An image's file, read again where the storage may be at fault, and not the file.
+
+    Raises:
+        OSError: If the file cannot be read.
+        StorageError: If the storage failed every time.
+    """
+    for pause in RETRY_AFTER:
+        try:
+            return reader.read(index)
+        except OSError as error:
+            if error.errno not in OF_STORAGE:
+                raise
+        time.sleep(pause)
+    try:
+        return reader.read(index)
+    except OSError as error:
+        if error.errno not in OF_STORAGE:
+            raise
+        tries = 1 + len(RETRY_AFTER)
+        raise StorageError(f"{reader.name(index)}: {error}, {tries} times; --resume auto goes on with a run") from error
 
 
 def open_reader(

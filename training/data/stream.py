@@ -21,13 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from perceptual_mae_models.images import ImageError
 from training.data.hub import image_bytes, load_hub_dataset, without_decoding
-from training.data.images import Batch, RandomView, decode
+from training.data.images import MAX_BROKEN_RUN, Batch, RandomView, decode
 from training.run.seeding import derive_seed, generator
 from training.run.signals import ignore_in_workers
 
 STREAM_PREFIX = "hf-stream:"
 MAX_LANES = 8  # per process: the most workers that can serve it, a power of 2
-MAX_BROKEN_RUN = 1000  # so many broken images in a row are no accident
 ROWS_PER_READ = 16
 
 Example = tuple[str, bytes]

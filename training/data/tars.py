@@ -48,6 +48,8 @@ def read_index(path: Path) -> list[Member]:
         return []  # an empty file cannot be mapped
     # a map, not reads: one system call a member would be most of the time
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        if hasattr(tar, "madvise"):
+            tar.madvise(mmap.MADV_RANDOM)  # else the system reads ahead, at every header, and so the whole file
         members, position = [], 0
         extended: dict[str, str] = {}  # what precedes a member and replaces its header's fields
         # two zero blocks end a tar; some writers leave them out

@@ -203,6 +203,7 @@ def _optimise(
             record.after_step({**scalars, "grad_norm": norm}, max(g["lr"] for g in optimizer.param_groups), [])
             if name := stop.agreed():
                 record.checkpoint()
+                stop.wait_for_all()
                 raise Interrupted(f"{name} after step {record.step} of {out}: the same command goes on")
             clock.mark("record")
     return record.close()

@@ -11,7 +11,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from training.run.folder import RunError
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for one that measures something alone."""
+"""How long processes wait for one that measures or writes something alone."""
+STUCK = timedelta(hours=2)
+"""After which the processes of GPUs that exchange gradients give up on one that does not come."""
 
 
 def count_processes() -> int:
@@ -54,7 +56,7 @@ def create_accelerator(
         log_with=list(track) or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
+            InitProcessGroupKwargs(timeout=PATIENCE if use_cpu else STUCK),
             # gradients stay where they were exchanged, without a copy beside them
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=sync_buffers),
         ],

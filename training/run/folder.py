@@ -1,7 +1,9 @@
 """The run folder: one run, one recipe."""
 
+import errno
 import json
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -53,17 +55,22 @@ def has_begun(out: Path) -> bool:
 
 @contextmanager
 def own_run_folder(out: Path) -> Iterator[None]:
-    """Keep other processes of this machine from running in a folder.
+    """Keep other processes of this machine from running in a folder, where its file system can lock.
 
     Raises:
         RunError: If one does.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock", blocking=False)
+    # a soft lock would outlive a killed process, and refuse whoever goes on with the run on another machine
+    lock = FileLock(out / ".lock", blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise RunError(f"{out} belongs to a run that is going on: wait for it, or give another --out") from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSYS:
+            raise
+        print(f"{out}: its file system cannot lock; nothing keeps a second run out of it", file=sys.stderr)
     try:
         yield
     finally:

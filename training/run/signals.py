@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop after the step it is in; a Ctrl-C after that ends it at once."""
+"""SIGTERM, SIGINT and SIGUSR1 ask a run to stop after the step it is in; a Ctrl-C after that ends it at once."""
 
 import multiprocessing
 import os
@@ -29,7 +29,9 @@ class StopRequest:
         accelerator: The engine.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # schedulers warn with the last two; Windows lacks them
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+    SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal = 0
@@ -64,6 +66,11 @@ class StopRequest:
         if self.group is not None:
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return signal.Signals(int(number)).name if number else None
+
+    def wait_for_all(self) -> None:
+        """Wait until every process has come here: launchers kill the others soon after one has left."""
+        if self.group is not None:
+            torch.distributed.barrier(group=self.group)
 
 
 def ignore_in_workers(worker: int) -> None:
