@@ -29,9 +29,10 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Put the file in place of the page, its links bent to where things are in the site."""
-    source = page.meta.get("source")
-    return bend_links((ROOT / source).read_text(encoding="utf-8"), source) if source else markdown
+    """Put the file in place of the page, if it is one's, with links bent to where things are in the site."""
+    if source := page.meta.get("source"):
+        return bend_links((ROOT / source).read_text(encoding="utf-8"), source)
+    return bend_links(markdown, f"docs/{page.file.src_path}")
 
 
 def bend_links(text: str, source: str) -> str:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .building import UnknownModelError
     from .features import FeatureExtractor
+    from .images import ImageError
     from .unreadable import WeightsUnavailableError
     from .weights import CheckpointError
 
-__all__ = ["CheckpointError", "FeatureExtractor", "WeightsUnavailableError"]
+__all__ = ["CheckpointError", "FeatureExtractor", "ImageError", "UnknownModelError", "WeightsUnavailableError"]
 
 # The `pmae` command passes here on its way to cli.py, and its help must not wait seconds for torch: its subcommands
 # register the encoders themselves. Somebody's own program of that name lies elsewhere.
@@ -32,7 +34,13 @@ _scripts = Path(sysconfig.get_path("scripts"))
 if _program.name not in ("pmae", "pmae.exe") or _program.resolve().parent != _scripts.resolve():
     from . import vision_transformer_pmae as vision_transformer_pmae
 
-_MODULE_OF = {"FeatureExtractor": "features", "CheckpointError": "weights", "WeightsUnavailableError": "unreadable"}
+_MODULE_OF = {
+    "CheckpointError": "weights",
+    "FeatureExtractor": "features",
+    "ImageError": "images",
+    "UnknownModelError": "building",
+    "WeightsUnavailableError": "unreadable",
+}
 
 
 def __getattr__(name: str) -> Any:

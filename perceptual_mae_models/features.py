@@ -89,7 +89,7 @@ class FeatureExtractor:
         model: str | nn.Module = DEFAULT_MODEL,
         pool: Pool = "avg",
         device: str | torch.device | None = None,
-        dtype: Precision = "float32",
+        dtype: Precision | torch.dtype = "float32",
         checkpoint: str | Path | None = None,
         pretrained: bool = True,
     ) -> None:
@@ -101,7 +101,8 @@ class FeatureExtractor:
                 original computes, since compiling covers its `forward` alone.
             pool: See the class.
             device: By default a module's own device, and for a name "cuda" where there is one, else "cpu".
-            dtype: "float32", "bfloat16" or "float16" arithmetic. Features are float32 whichever it is.
+            dtype: "float32", "bfloat16" or "float16" arithmetic, by name or torch's own. Features are float32 whichever
+                it is.
             checkpoint: A weights file to load in place of the published weights.
             pretrained: False leaves the weights random, unless there is a checkpoint.
 
@@ -114,7 +115,8 @@ class FeatureExtractor:
         """
         if pool not in POOLS:
             raise ValueError(f"pool is one of {', '.join(POOLS)}, not {pool!r}")
-        if dtype not in PRECISIONS:
+        precision = str(dtype).removeprefix("torch.")
+        if precision not in PRECISIONS:
             raise ValueError(f"dtype is one of {', '.join(PRECISIONS)}, not {dtype!r}")
         # Any: what timm adds to nn.Module (pretrained_cfg, forward_features, ...) has no type.
         self.model: Any = build(model, checkpoint, pretrained)
@@ -125,7 +127,7 @@ class FeatureExtractor:
         self.device = find_device(device)
         self.model.to(self.device).eval()
         self.pool = pool
-        self.dtype = dtype
+        self.dtype = precision
 
         data_config = resolve_model_data_config(self.model)  # type: ignore[no-untyped-call]
         # The configuration speaks of the pretrained weights; a model built with another img_size takes only that one.
@@ -141,7 +143,9 @@ class FeatureExtractor:
             "weights": weights,
             "pool": pool,
             "image_size": "x".join(map(str, self.input_size)),
-            "dtype": dtype if self._weights_dtype == torch.float32 else str(self._weights_dtype).removeprefix("torch."),
+            "dtype": precision
+            if self._weights_dtype == torch.float32
+            else str(self._weights_dtype).removeprefix("torch."),
             "perceptual_mae_models": __version__,
         }
 

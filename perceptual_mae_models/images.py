@@ -7,6 +7,7 @@ Pillow or from an array, so that the three give the same features.
 import glob
 import os
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -63,8 +64,9 @@ def open_image(image: ImageInput) -> Image.Image:
 
     - EXIF (or XMP) orientation is applied.
     - Grey, palette, CMYK and 1-bit images are converted; transparency of any kind is composited on **white**.
-    - 16-bit values are divided by 257, so that a 16-bit photograph looks like its 8-bit copy. 32-bit integer and float
-      files carry no value range of their own: see `grey_to_8_bit`.
+    - 16-bit values are divided by 257, so that a 16-bit photograph looks like its 8-bit copy; a warning says so of an
+      image that uses no more than 12 bits of them. 32-bit integer and float files carry no value range of their own:
+      see `grey_to_8_bit`.
     - Of an animation, the first frame; of a Pillow image, the frame it stands at.
     - PostScript is refused: Pillow would have Ghostscript run it.
 
@@ -85,7 +87,8 @@ def open_image(image: ImageInput) -> Image.Image:
     if isinstance(image, Image.Image):
         return _decode(image, image_name(image))
     if not isinstance(image, str | Path):
-        raise TypeError(f"an image is a path, a PIL.Image or a NumPy array, not {type(image).__name__}")
+        hint = ": FeatureExtractor.encode takes transformed pixels" if type(image).__name__ == "Tensor" else ""
+        raise TypeError(f"an image is a path, a PIL.Image or a NumPy array, not {type(image).__name__}{hint}")
 
     name = str(image)
     try:
@@ -93,7 +96,7 @@ def open_image(image: ImageInput) -> Image.Image:
     except FileNotFoundError:
         raise ImageError(name, "no such file") from None
     except IsADirectoryError:
-        raise ImageError(name, "is a folder") from None
+        raise ImageError(name, "is a folder: find_images lists what is in it") from None
     except UnidentifiedImageError:
         raise ImageError(name, _unidentified(image)) from None
     # Decoders fail on hostile bytes with whatever their parsers stumble over: OSError, SyntaxError, struct.error, ...
@@ -135,6 +138,7 @@ def grey_to_8_bit(values: NDArray[Any], sixteen_bit: bool = False) -> NDArray[np
         raise ValueError("holds NaN or infinite values")
     low, high = float(values.min()), float(values.max())
     if sixteen_bit:
+        _warn_of_few_bits(high)
         low, high = 0, 65535
     elif low >= 0 and high <= 65535:
         low, high = 0, next(scale for scale in scales if high <= scale)
@@ -144,6 +148,16 @@ def grey_to_8_bit(values: NDArray[Any], sixteen_bit: bool = False) -> NDArray[np
         block = values[first : first + rows].astype(np.float64)
         grey[first : first + rows] = np.rint((block - low) * (255 / ((high - low) or 1.0)))
     return grey
+
+
+def _warn_of_few_bits(high: float) -> None:
+    """Says that values of 12 bits in 16 come out almost black; once a process, as warnings are."""
+    if 0 < high < 4096:
+        warnings.warn(
+            f"a 16-bit image with no value above {high:g} is read on the full scale, 0 to 65535, and comes out almost"
+            " black: if its values have fewer bits, stretch them first (such images are not named again)",
+            stacklevel=2,
+        )
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -263,6 +277,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype == np.uint8:
         pixels = array
     elif array.dtype == np.uint16:
+        _warn_of_few_bits(float(array.max()))
         pixels = np.rint(array / 257).astype(np.uint8)
     elif array.dtype == np.bool_:
         pixels = array.astype(np.uint8) * 255

@@ -74,22 +74,31 @@ def check_head(file: Path) -> None:
 def _describe_unavailable(cfg: PretrainedCfg, error: Exception) -> str:
     name, architecture = _model_name(cfg), cfg.architecture
     reason = " ".join(str(error).split()) or "no such file"
-    lines = [f"The weights of {name} could not be read from {_location(cfg)} ({type(error).__name__}: {reason})."]
+    where = f"could not be read from {_location(cfg)} ({type(error).__name__}: {reason})."
+    lines = [f"The weights of {name} {where}"]
     if NOT_PUBLISHED in (cfg.notes or ()):
         available = _available_weights()
         available.sort(key=lambda other: not other.startswith(f"{architecture}."))
-        lines.append(f"They are not published yet. Weights that can be had today: {', '.join(available)}.")
+        lines = [
+            f"The weights of {name} are not published yet. These can be had today: {', '.join(available)}.",
+            f"(They {where})",
+        ]
     lines.append("Ways out:")
     if isinstance(error, GatedRepoError):
         lines.append("- ask for access on the repository's page, then `hf auth login` or set HF_TOKEN;")
-    lines.append("- set HF_HUB_CACHE to a Hub cache that holds them, and HF_HUB_OFFLINE=1 to use it without a network;")
+    lines.append(
+        f"- load a local file: timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file=…));"
+    )
     if cfg.hf_hub_id and find_repository(cfg).ours:
-        lines.append("- set PMAE_HUB_ORG to an organisation that has them, or HF_ENDPOINT to a mirror of the Hub;")
+        method = str(cfg.tag).rpartition("_")[0]
+        lines += [
+            f"- train them: python training/pretrain.py {method} --data DIR --model {architecture} --out DIR;",
+            "- set PMAE_HUB_ORG to an organisation that has them, or HF_ENDPOINT to a mirror of the Hub;",
+        ]
     else:
         lines.append("- set HF_ENDPOINT to a mirror of the Hub;")
     lines += [
-        f"- load a local file: timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file=…));",
-        f"- train them: python training/pretrain.py mae --data DIR --model {architecture} --out DIR;",
+        "- set HF_HUB_CACHE to a Hub cache that holds them, and HF_HUB_OFFLINE=1 to use it without a network;",
         "- pass pretrained=False for an encoder that is random on purpose.",
     ]
     return "\n".join(lines)

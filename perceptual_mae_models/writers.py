@@ -224,9 +224,7 @@ def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write {path}: the folder {path.parent} is not writable")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise OutputError(
-            f'cannot write {path}: Parquet needs pyarrow, which `pip install "perceptual-mae-models[parquet]"` installs'
-        )
+        raise OutputError(f"cannot write {path}: Parquet needs pyarrow (pip install pyarrow)")
 
 
 def _write_npy_header(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

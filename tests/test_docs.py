@@ -70,6 +70,8 @@ def test_every_page_is_in_the_navigation_and_its_links_exist() -> None:
     for source, page in hooks.PAGES.items():
         assert f"source: {source}\n" in (DOCS / page).read_text()
         hooks.bend_links((ROOT / source).read_text(), source)
+    for own in DOCS.glob("*.md"):
+        hooks.bend_links(own.read_text(), f"docs/{own.name}")
     assert all((ROOT / picture).is_file() for picture in hooks.PICTURES)
 
 

@@ -406,6 +406,9 @@ def test_wrong_arguments(pico: nn.Module, extractor: FeatureExtractor, files: li
         FeatureExtractor(pico, "max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype is one of"):
         FeatureExtractor(pico, dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype is one of"):
+        FeatureExtractor(pico, dtype=torch.int8)
+    assert FeatureExtractor(pico, dtype=torch.bfloat16).metadata["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="no pretrained_cfg"):
         FeatureExtractor(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="goes with a model's name"):

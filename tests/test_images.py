@@ -153,7 +153,10 @@ def test_sixteen_bits_look_like_eight(tmp_path: Path, photo: np.ndarray, grey: n
     Image.fromarray(grey.astype(np.int32)).save(tmp_path / "dark.pgm")
     assert (tmp_path / "dark.pgm").read_bytes().split()[3] == b"65535"
     for name in ("dark.png", "dark.pgm"):
-        assert pixels(tmp_path / name).max() <= 1, name
+        with pytest.warns(UserWarning, match=rf"no value above {grey.max()} .*stretch them first"):
+            assert pixels(tmp_path / name).max() <= 1, name
+    with pytest.warns(UserWarning, match="no value above 4095"):
+        assert open_image(np.full((4, 4), 4095, np.uint16)).getpixel((0, 0)) == (16, 16, 16)
 
 
 def test_large_images_need_little_more_memory_than_their_values() -> None:

@@ -104,10 +104,10 @@ def test_shards_hold_what_the_folder_holds(photos: Path, tmp_path: Path, options
 def killed_in_the_eleventh_image(src: str, dst: Path, short_side: int, shards: int | None) -> None:
     original, calls = prepare.resize_to_jpeg, itertools.count(1)
 
-    def deadly(data: bytes, name: str, *settings: int) -> bytes:
+    def deadly(data: bytes, name: str, *settings: int, **options: bool) -> bytes:
         if next(calls) == 11:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(data, name, *settings)
+        return original(data, name, *settings, **options)
 
     prepare.resize_to_jpeg = deadly
     main(src, dst, short_side=short_side, shards=shards, workers=0)
@@ -129,9 +129,9 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
     resized = []
     original = prepare.resize_to_jpeg
 
-    def counted(data: bytes, name: str, *settings: int) -> bytes:
+    def counted(data: bytes, name: str, *settings: int, **options: bool) -> bytes:
         resized.append(name)
-        return original(data, name, *settings)
+        return original(data, name, *settings, **options)
 
     monkeypatch.setattr(prepare, "resize_to_jpeg", counted)
     main(str(photos), tmp_path / "killed", short_side=32, shards=shards, workers=0)

@@ -318,7 +318,7 @@ def test_loopback() -> None:
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("perceptual_mae_models.commands.serve.find_spec", lambda _: None)
     assert cli.main(["serve"]) == 1
-    assert "pip install 'perceptual-mae-models[demo]'" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 def test_command(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

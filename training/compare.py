@@ -76,7 +76,10 @@ def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: 
     rows |= {str(folder): view["pasted"] for folder, view in zip(runs, views, strict=True)}
     if len({folder.parent for folder in runs}) == 1:
         rows = {Path(label).name: images for label, images in rows.items()}
-    note = f"{height} x {width} pixels; visible patches as they are; norm_pix_loss: contrast of the original's patches"
+    note = f"{height} x {width} pixels; visible patches as they are"
+    helped = [folder.name for folder, (_, recipe) in zip(runs, networks, strict=True) if recipe.norm_pix_loss]
+    if helped:
+        note += f"; {', '.join(helped)}: colour and contrast of each hidden patch from the original"
     labelled_rows(rows, "Masked photographs, rebuilt", note, scale=max(1, 192 // height)).save(out)
 
 

@@ -35,20 +35,21 @@ def crops(photograph: Image.Image) -> Iterator[Image.Image]:
 
 
 def similar_crops(extractor: FeatureExtractor, images: dict[str, Image.Image]) -> tuple[Image.Image, int]:
-    """A row for each query crop with the crops most like it; and how many of them are of the same photograph."""
+    """A row for each query crop with the others most like it; and how many of these are of the same photograph."""
     tiles = {f"{name} {number}": crop for name, image in images.items() for number, crop in enumerate(crops(image), 1)}
     features = extractor(list(tiles.values()))
     names = [f"{name} 1" for name in QUERIES]
     rows_of = [list(tiles).index(name) for name in names]
-    matches = nearest(
-        FeatureBatch(tuple(names), features[rows_of], ()), [FeatureBatch(tuple(tiles), features, ())], k=5
+    crops_found = nearest(
+        FeatureBatch(tuple(names), features[rows_of], ()), [FeatureBatch(tuple(tiles), features, ())], k=4
     )
+    matches = [[m for m in found if m.name != name][:3] for name, found in zip(names, crops_found, strict=True)]
     rows = [
         GalleryRow(Tile(tiles[name], name), [Tile(tiles[m.name], m.name, m.similarity) for m in found])
         for name, found in zip(names, matches, strict=True)
     ]
     siblings = sum(
-        m.name.split()[0] == name.split()[0] for name, found in zip(names, matches, strict=True) for m in found[:3]
+        m.name.split()[0] == name.split()[0] for name, found in zip(names, matches, strict=True) for m in found
     )
     subtitle = f"{len(tiles)} crops of {len(images)} photographs, cosine similarity of {MODEL} features"
     return neighbour_gallery(rows, "Nearest neighbours", subtitle), siblings

@@ -11,7 +11,7 @@ try:
     from training.evaluate.command import main
     from training.evaluate.options import Options
 except ModuleNotFoundError as error:
-    raise SystemExit(f"evaluate.py: {error}: pip install 'perceptual-mae-models[evaluate]'") from error
+    raise SystemExit(f"evaluate.py: {error}: pip install -e '.[evaluate]'") from error
 
 if __name__ == "__main__":
     main(tyro.cli(Options))

@@ -276,7 +276,7 @@ def stylegan2_ada_p(model: str) -> AdversarialRecipe:
 
 
 def debug(model: str) -> AdversarialRecipe:
-    """Every term of every method within seconds: to try an installation or a data set, not to learn anything."""
+    """`stylegan2_ada_p` in small, within seconds: to try an installation or a data set, not to learn anything."""
     return replace(
         stylegan2_ada_p("vit_pico_patch8_pmae" if model == Recipe.model else model),
         method="debug",

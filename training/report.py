@@ -11,7 +11,7 @@ import tyro
 try:
     from training.report.command import main
 except ModuleNotFoundError as error:
-    raise SystemExit(f"report.py: {error}: pip install 'perceptual-mae-models[evaluate]'") from error
+    raise SystemExit(f"report.py: {error}: pip install -e '.[evaluate]'") from error
 
 if __name__ == "__main__":
     tyro.cli(main)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def serve(arguments: argparse.Namespace) -> int:
     """`pmae serve`: serves the page until interrupted."""
     if find_spec("gradio") is None:
-        raise RuntimeError("the page needs gradio: pip install 'perceptual-mae-models[demo]'")
+        raise RuntimeError("the page needs gradio: pip install -e '.[demo]' in the clone")
     index = _read_folder(arguments) if arguments.folder else None
     if not is_loopback(arguments.host):
         print(

@@ -55,7 +55,7 @@ def _import_datasets() -> ModuleType:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ValueError("hf: and hf-stream: need pip install 'perceptual-mae-models[datasets]'") from error
+        raise ValueError("hf: and hf-stream: need pip install -e '.[datasets]'") from error
     return datasets
 
 

@@ -101,7 +101,11 @@ def write_card(cfg: PretrainedCfg, config: Mapping[str, Any], provenance: Mappin
             f" repository of it will hold; `python training/pretrain.py {method} --model {cfg.architecture} --data DIR"
             " --out RUN` trains them.\n"
         )
-    parts += [*describe_use(cfg, config), *describe_training(provenance), *describe_results(provenance)]
+    parts += [
+        *describe_use(cfg, config, trained=provenance is not None),
+        *describe_training(provenance),
+        *describe_results(provenance),
+    ]
     parts += [*describe_limits(cfg, provenance), "## Citation\n", CITATIONS]
     return "\n".join(parts)
 
@@ -117,12 +121,12 @@ def describe_method(recipe: Mapping[str, Any]) -> str:
     return f"a masked autoencoder, trained by a variant of the method `{method}`: `recipe.json` says which"
 
 
-def describe_use(cfg: PretrainedCfg, config: Mapping[str, Any]) -> Iterator[str]:
+def describe_use(cfg: PretrainedCfg, config: Mapping[str, Any], *, trained: bool) -> Iterator[str]:
     """Snippets, which tests run on the repositories that have weights."""
     name, repository = f"{cfg.architecture}.{cfg.tag}", cfg.hf_hub_id
     side = cfg.input_size[1]
     yield "## Use\n"
-    yield "With timm alone:\n"
+    yield "With timm alone:\n" if trained else "With timm alone, once there are weights:\n"
     yield f"""```python
 import timm
 import torch

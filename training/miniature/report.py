@@ -59,10 +59,21 @@ FRONT = (
 FRONT_PARTS: tuple[Part, ...] = ("epochs", "long")
 COMPARISONS: tuple[Part, ...] = ("epochs", "cause", "clock", "long")
 PICTURES = (
-    ("While learning", "k-NN against images seen and against time", CURVES),
-    ("The same masked photographs, rebuilt", "Rows of photographs: as they are, masked, and by each method", GRID),
+    (
+        "While learning",
+        "k-NN against images seen and against time",
+        CURVES,
+        "Equal epochs. k-NN of val images among each other (they are fewer than the training images that the tables "
+        "take, so figures are lower), to about ±1.5 points each.",
+    ),
+    (
+        "The same masked photographs, rebuilt",
+        "Rows of photographs: as they are, masked, and by each method",
+        GRID,
+        "None of the runs saw them. Drawn by `training/compare.py`, not by this report.",
+    ),
 )
-"""Chapters of one picture each: title, caption, path from the report."""
+"""Chapters of one picture each: title, caption, path from the report, and what it needs to be understood."""
 NONE_YET = "No cell of it has run yet."
 EPILOGUES: dict[Part, str] = {
     "cause": (
@@ -204,9 +215,9 @@ def list_chapters(found: Results, folder: Path) -> list[Chapter]:
         folder: Where the report lies; pictures are shown where they are.
     """
     chapters = [*(compare(found, part) for part in COMPARISONS), describe_tuning(found), describe_remedies(found)]
-    for title, caption, path in PICTURES:
+    for title, caption, path, note in PICTURES:
         if (folder / path).exists():
-            chapters.append(Chapter(title=title, pictures=((caption, path),)))
+            chapters.append(Chapter(title=title, notes=(note,), pictures=((caption, path),)))
     return chapters
 
 

@@ -17,8 +17,12 @@ def check_steps(recipe: Recipe, total_steps: int, images: int | None) -> None:
     """Refuse what could not be scheduled.
 
     Raises:
-        ValueError: If all steps are warm-up, or epochs cannot be counted.
+        ValueError: If all steps are warm-up, a step would take images twice, or epochs cannot be counted.
     """
+    if images is not None and recipe.batch_size > images:
+        raise ValueError(
+            f"--batch-size {recipe.batch_size} is more than there are images, {images}: give a smaller one"
+        )
     if round(recipe.warmup * total_steps) >= total_steps:
         raise ValueError(f"--warmup {recipe.warmup:g}: none of the {total_steps} steps comes after it")
     phi_refresh_steps(recipe, images)
