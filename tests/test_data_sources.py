@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import io
+import itertools
 import os
 import tarfile
 from collections import Counter
@@ -19,7 +20,7 @@ from training.data import hub, stream
 from training.data.images import Batch, ImageSource, RandomViews, create_loader
 from training.data.sampler import DeterministicBatchSampler
 from training.data.stream import ImageStream, StreamViews, create_stream_loader, stand_ins
-from training.data.tars import TarError, expand_braces, read_index
+from training.data.tars import TarError, TarReader, expand_braces, number_classes, read_index
 from training.evaluate.options import Options
 from training.evaluate.sources import open_sources
 from training.run.signals import ignore_in_workers
@@ -296,6 +297,21 @@ def test_evaluations_take_splits_and_columns_of_a_data_set(datasets: Any, tmp_pa
     assert seen == {"train": ([0, 1], 101), "test": ([0, 1], 103)}
     with pytest.raises(ValueError, match="choose one: left, right"):
         open_sources(chosen)
+
+
+def test_classes_whose_names_differ_by_case_or_zeros_alone_have_one_order() -> None:
+    """A set gives them in another order in another process."""
+    for names in itertools.permutations(("1", "01", "Crane", "crane")):
+        assert number_classes(list(names))[0] == ["01", "1", "Crane", "crane"]
+
+
+def test_labels_of_a_tar_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [(f"{number}.{suffix}", data) for number in range(3) for suffix, data in (("cls", b"2"), ("png", png(1)))]
+    reader, read = ImageSource(write_tar(tmp_path / "some.tar", members)).reader, []
+    assert isinstance(reader, TarReader)
+    monkeypatch.setattr(reader, "_read", lambda *place: read.append(place) or b"2")
+    assert (reader.labels, reader.classes, reader.labels) == ([2, 2, 2], ["0", "1", "2"], [2, 2, 2])
+    assert len(read) == 3
 
 
 # --- Hugging Face, streamed ---

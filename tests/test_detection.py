@@ -6,7 +6,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import tarfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -247,6 +249,25 @@ def test_images_of_both_splits_are_counted_and_broken_ones_are_found_before_trai
     (small / "val" / "10.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"10\.png"):
         open_coco(small)[1].look_at_all()
+
+
+def test_images_that_were_looked_at_are_let_go(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, count = open_coco(small)[0], 40 * (os.cpu_count() or 1)
+    most, image = [], source.load(0)
+    alive: list[weakref.ref[Image.Image]] = []
+
+    def load(index: int) -> Image.Image:
+        copy = image.copy()
+        alive.append(weakref.ref(copy))
+        most.append(sum(reference() is not None for reference in alive))
+        return copy
+
+    monkeypatch.setattr(type(source), "__len__", lambda _: count)
+    monkeypatch.setattr(source, "load", load)
+    monkeypatch.setattr(source, "objects", lambda index: None)
+    source.look_at_all()
+    assert len(most) == count
+    assert max(most) < count / 2, "all of COCO would not fit into memory"
 
 
 def test_missing_splits_are_refused(small: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -43,7 +45,7 @@ def clouds(n: int, *, seed: int = 0, distance: float = 1.0, dim: int = 8, classe
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99)) * distance
     labels = torch.arange(n) % classes
     rows = (centres[labels] + torch.randn(n, dim, generator=generator)) * torch.logspace(-2, 2, dim) + 5
-    return Features(rows, labels, tuple("abcdefgh"[:classes]))
+    return Features(rows, labels, tuple(f"class {number}" for number in range(classes)))
 
 
 # --- features --------------------------------------------------------------------------------------------------------
@@ -292,6 +294,24 @@ def test_few_shot_accuracy_is_scikit_learns_on_test_images_in_units_of_the_train
     own = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(test.rows, test.labels)
     assert min(judge.score(train.rows, train.labels), own.score(test.rows, test.labels)) > expected + 0.05
     assert few_shot(train, test, "100%") == pytest.approx([expected], abs=0.01)  # one draw: all are the same
+
+
+def test_few_labels_of_many_classes_are_learned_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = clouds(2000, distance=0.3, dim=96, classes=200)
+    fitted: list[LogisticRegression] = []
+
+    class Kept(LogisticRegression):  # type: ignore[misc]
+        def score(self, *arguments: Any) -> float:
+            fitted.append(self)
+            return float(super().score(*arguments))
+
+    monkeypatch.setattr("training.evaluate.few_shot.LogisticRegression", Kept)
+    few_shot(train, train, "100%")
+    rows = Standardise.of(train.rows)(train.rows).numpy()
+    best = LogisticRegression(max_iter=1000, tol=1e-8).fit(rows, train.labels).coef_
+    by_default = LogisticRegression(max_iter=1000).fit(rows, train.labels).coef_
+    away = [np.abs(found - best).max() / np.abs(best).max() for found in (fitted[0].coef_, by_default)]
+    assert 3 * away[0] < away[1] > 0.02, "scikit-learn's own tolerance stops early where classes are many"
 
 
 def test_few_shot_intervals_cover_the_mean_over_all_draws_in_simulation() -> None:

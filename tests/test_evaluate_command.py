@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from training.evaluate.protocols import Settings
 from training.evaluate.segmentation import SegmentationSettings
 from training.evaluate.shift import ShiftSettings
 from training.report.results import read_results
-from training.run.signals import EXIT_INTERRUPTED, Interrupted
+from training.run.signals import EXIT_INTERRUPTED
 
 PICO, ROOT = "vit_pico_patch8_pmae", Path(__file__).parents[1]
 
@@ -211,7 +214,8 @@ def test_what_was_found_survives_an_interruption_and_the_same_command_goes_on(
     straight = evaluate(dataclasses.replace(chosen, out=tmp_path / "straight"))
 
     def stop(*arguments: Any, **more: Any) -> None:
-        raise Interrupted("SIGTERM")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
 
     def rows() -> list[tuple[str, str]]:
         found = json.loads((chosen.out / "results.json").read_text())["results"]
@@ -223,6 +227,7 @@ def test_what_was_found_survives_an_interruption_and_the_same_command_goes_on(
             main(chosen)
         assert stopped.value.code == EXIT_INTERRUPTED
         assert rows() == [("pixels:2", "knn")], "the first model's first figure"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     evaluate(chosen)
     assert rows() == [(row["model"], row["protocol"]) for row in straight["results"]]
     with monkeypatch.context() as patched:  # of a second run, too, nothing is lost that it did not make anew

@@ -1,5 +1,6 @@
 """Fine-tuning and the engine of supervised runs: MAE's values, exact resume, the same result however it is cut."""
 
+import json
 import os
 import subprocess
 import sys
@@ -286,6 +287,23 @@ def test_two_processes_make_what_one_makes(
     for name, tensor in load_file(file).items():
         torch.testing.assert_close(tensor, straight[1][name], atol=2e-5, rtol=1e-3, msg=name)
     assert (tmp_path / "results.json").exists()
+
+
+def test_one_process_takes_what_several_have_learned_and_names_what_they_have_begun(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = FineTuneSettings(epochs=1, batch_size=8)
+    own = tmp_path / tune(photos, tmp_path, settings).run
+    several, told = own.with_name("finetune-of-two"), json.loads((own / "recipe.json").read_text())
+    assert told["recipe"]["processes"] == 1
+    own.rename(several)
+    told["recipe"]["processes"] = 2
+    (several / "recipe.json").write_text(json.dumps(told))
+    assert tmp_path / tune(photos, tmp_path, settings).run == several
+    assert not own.exists(), "nothing is learned again"
+    (several / "classifier.safetensors").unlink()
+    assert tmp_path / tune(photos, tmp_path, settings).run == own
+    assert "finetune-of-two was begun with 2 processes, 1 micro batches" in capsys.readouterr().err
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

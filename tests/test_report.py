@@ -235,6 +235,19 @@ def test_every_figure_is_in_one_cell_of_its_protocol(page: Page) -> None:
     assert everywhere["noise", "3", f"{LARGE} | avg"] == "58.8 [56.8, 60.8]", "many columns have become rows"
 
 
+def test_what_borrows_from_the_original_leads_no_column(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    rows = [
+        result(model, "reconstruction", "hidden", mean, metric="l1", half=0.001, norm_pix_loss=helped)
+        for model, mean, helped in ((OURS, 0.1, True), (RANDOM, 0.2, False), (LARGE, 0.3, False))
+    ]
+    file.write_text(json.dumps(content(rows)))
+    text = markdown_report([(file, read_results(file))])
+    assert "**0.200**" in text
+    assert "**0.100**" not in text
+    assert "0.100" in text
+
+
 def test_the_best_and_what_overlaps_it(tmp_path: Path) -> None:
     rows = [result(name, "knn", "k=20", mean, features="avg") for name, mean in (("a", 0.5), ("b", 0.53), ("c", 0.6))]
     rows += [result(name, "knn", "k=10", mean, features="avg") for name, mean in (("a", 0.5), ("b", 0.47), ("c", 0.44))]

@@ -255,7 +255,12 @@ class CocoSource(ImageSource):
             ValueError: If a segmentation is none.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-            list(pool.map(lambda index: (self.load(index), self.objects(index)), range(len(self))))
+            for _ in pool.map(self._look_at, range(len(self))):
+                pass
+
+    def _look_at(self, index: int) -> None:
+        self.load(index)
+        self.objects(index)
 
     def objects(self, index: int) -> Objects:
         """What is annotated in an image; perhaps nothing.

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,14 +176,14 @@ class TarReader:
         """The image's bytes."""
         return self._read(*self.places[index].tolist())
 
-    @property
+    @cached_property
     def classes(self) -> list[str]:
         """Names of the folders inside the tars, or the numbers in the .cls members."""
         if self._label_files:
             return [str(number) for number in range(max(self.labels) + 1)]
         return number_classes(self._folders())[0]
 
-    @property
+    @cached_property
     def labels(self) -> list[int]:
         """Label of every image.
 
@@ -238,7 +239,8 @@ class CompressedTarReader(TarReader):
 
 def number_classes(folders: list[str]) -> tuple[list[str], list[int]]:
     """Names of the classes in natural order, and the label of each image, whose folder's name is its class."""
-    classes = sorted(set(folders), key=natural_key)
+    # the name itself decides between names such as 1 and 01, which the natural key takes for equal
+    classes = sorted(set(folders), key=lambda name: (natural_key(name), name))
     numbers = {folder: number for number, folder in enumerate(classes)}
     return classes, [numbers[folder] for folder in folders]
 

@@ -62,7 +62,7 @@ def linear_classifiers(
     probes: dict[str, Probe] = {}
     facts: dict[str, dict[str, object]] = {}
     for name, columns in representations.items():
-        fitted = fit_probe(train.columns(columns), epochs=epochs, share=share, seed=seed)
+        fitted = fit_probe(train.columns(columns), epochs=epochs, share=share, seed=seed, device=place.device)
         probes[name], facts[name] = fitted.probe, {"learning_rate": fitted.learning_rate}
         standardise = fitted.probe.standardise
         for tensor in (standardise.mean, standardise.deviation, fitted.probe.weight, fitted.probe.bias):

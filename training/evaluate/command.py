@@ -1,7 +1,8 @@
 """The command `training/evaluate.py`: models x protocols, on labelled images or on data of a protocol's own.
 
-Features and runs are kept below `--out`, so a second call, or one after an interruption, computes only what is missing.
-`results.json` holds every figure with its interval, seed and cost, `report.html` shows them.
+Features and runs are kept below `--out`, so a second call, or one after an interruption, extracts and trains only what
+is missing of them; what follows from features is computed again. `results.json` holds every figure with its interval,
+seed and cost, `report.html` shows them.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import datetime
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -80,7 +82,7 @@ def judge_features(name: str, sources: dict[str, ImageSource], options: Options)
     facts = {"fingerprint": fingerprint_model(extractor), "extraction_seconds": sum(map(extraction_seconds, folders))}
     for representation, columns in representations.items():
         for protocol in protocols:
-            for row in ON_FEATURES[protocol](train.columns(columns), test.columns(columns), settings):
+            for row in ON_FEATURES[protocol](train.columns(columns), test.columns(columns), settings, place.device):
                 yield result_of(name, row, representation, facts)
     if shifts:
         probes = linear_classifiers(
@@ -298,8 +300,14 @@ def show(result: Result) -> str:
     return f"{head} {result['metric']:<16} {mean:>6} {metric.unit:<2} [{low}, {high}]"
 
 
+def interrupt(number: int, _: object) -> None:
+    """Leave a computation without checkpoints; what is found stays. Training has its own way, see `StopRequest`."""
+    raise Interrupted(f"{signal.Signals(number).name}: what is found is written, the same command goes on")
+
+
 def main(options: Options) -> None:
     """Evaluate, print, write."""
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         found = evaluate(options)
     except Interrupted as interruption:
@@ -307,5 +315,7 @@ def main(options: Options) -> None:
         raise SystemExit(EXIT_INTERRUPTED) from interruption
     except (ValueError, OSError, RuntimeError, RunError, CheckpointError, ImageError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if os.environ.get("RANK", "0") == "0":
         print(f"{options.out / 'results.json'}: {len(found['results'])} figures, shown by report.html beside it")

@@ -5,8 +5,10 @@ thousand images, written when complete: an interrupted extraction goes on where 
 """
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from perceptual_mae_models.loading import Transform
 from training.data.images import ImageSource
+from training.data.readers import HUB_PREFIX
 from training.run.checkpoint import write_atomically
 
 IMAGES_A_FILE = 4096
 IMAGES_READ = 100_000
 """To tell one set of images from another."""
+READERS = 16
+"""Threads that read them: storage of a network answers one at a time slowly."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,28 @@ class _Views(Dataset[Tensor | ImageError]):
             return error
 
 
+def cut(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of images in batches, the last one perhaps smaller."""
+    return [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
+
+
 def load_views(
-    source: ImageSource, transform: Transform, numbers: Sequence[int], batch_size: int, workers: int
+    source: ImageSource, transform: Transform, batches: Sequence[list[int]], workers: int
 ) -> Iterator[Tensor]:
-    """Batches of transformed images, (n, 3, H, W), in order.
+    """Transformed images, (n, 3, H, W), a batch at a time.
+
+    Args:
+        source: The images.
+        transform: What is done to each.
+        batches: Numbers of the images of each batch.
+        workers: Processes that decode.
 
     Raises:
         ImageError: At an image that does not decode: an accuracy over fewer images is another one.
     """
-    part = Subset(_Views(source, transform), numbers)
-    loader: DataLoader[Any] = DataLoader(part, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    loader: DataLoader[Any] = DataLoader(
+        _Views(source, transform), batch_sampler=batches, num_workers=workers, collate_fn=list
+    )
     for batch in loader:
         if broken := next((view for view in batch if isinstance(view, ImageError)), None):
             raise broken
@@ -111,16 +128,22 @@ def extract(
         ValueError: If a feature is not finite.
     """
     folder = cache and find_cache(extractor, source, cache)
-    rows = []
-    for start in range(0, len(source), IMAGES_A_FILE):
-        file = folder and folder / f"{start:09d}.safetensors"
+    files = {start: folder and folder / f"{start:09d}.safetensors" for start in range(0, len(source), IMAGES_A_FILE)}
+    rows: dict[int, Tensor] = {}
+    missing: dict[int, list[list[int]]] = {}
+    for start, file in files.items():
         numbers = range(start, min(start + IMAGES_A_FILE, len(source)))
         if file and file.exists() and len(kept := load_file(file)["features"]) == len(numbers):
-            rows.append(kept)
-            continue
-        started = time.monotonic()
-        batches = load_views(source, extractor.transform, numbers, batch_size, workers)
-        features = torch.cat([extractor.encode(images) for images in batches])
+            rows[start] = kept
+        else:
+            missing[start] = cut(numbers, batch_size)
+    # one loader for all files: its workers go on while a file is written
+    views = load_views(
+        source, extractor.transform, [batch for batches in missing.values() for batch in batches], workers
+    )
+    for start, batches in missing.items():
+        file, started = files[start], time.monotonic()
+        features = torch.cat([extractor.encode(images) for images in itertools.islice(views, len(batches))])
         if broken := int((~features.isfinite()).any(dim=1).sum()):
             name = extractor.metadata["model"]
             raise ValueError(
@@ -130,8 +153,8 @@ def extract(
             file.parent.mkdir(parents=True, exist_ok=True)
             cost = {"seconds": f"{time.monotonic() - started:.3f}"}
             write_atomically(file, {"features": features}, {**extractor.metadata, **cost})
-        rows.append(features)
-    return torch.cat(rows)
+        rows[start] = features
+    return torch.cat([rows[start] for start in files])
 
 
 def find_cache(extractor: FeatureExtractor, source: ImageSource, cache: Path) -> Path:
@@ -188,7 +211,11 @@ def scan_data(source: ImageSource) -> Scan:
         except ValueError:  # without labels it is a set of images still
             digest.update(b"no labels")
         every = -(-len(source) // IMAGES_READ)
-        digests = {i: hashlib.sha256(source.reader.read(i)).digest() for i in range(0, len(source), every)}
+        numbers = range(0, len(source), every)
+        threads = 1 if source.spec.startswith(HUB_PREFIX) else READERS  # nobody says that its files may be read at once
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda index: hashlib.sha256(source.reader.read(index)).digest(), numbers)
+            digests = dict(zip(numbers, found, strict=True))
         digest.update(b"".join(digests.values()))
         _scans[source] = Scan(digest.hexdigest()[:16], digests)
     return _scans[source]

@@ -62,7 +62,9 @@ def few_shot(train: Features, test: Features, amount: str, *, draws: int = 5, se
     accuracies = []
     for _ in range(draws):
         shots = draw_shots(train.labels, amount, generator)
-        classifier = LogisticRegression(max_iter=1000)
+        # of many classes each has small gradients from the first step on, which scikit-learn's own tolerance takes for
+        # convergence; of ten it is the same
+        classifier = LogisticRegression(max_iter=1000, tol=1e-3 / len(train.classes))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # separable: the last digits do not decide
             classifier.fit(known[shots].numpy(), train.labels[shots].numpy())

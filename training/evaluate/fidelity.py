@@ -18,7 +18,7 @@ original: that of the originals is the one to compare with.
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -263,4 +263,5 @@ def run_reconstruction(
         value = sample_interval(values)
         yield Row(protocol="reconstruction", setting=where, metric=metric, value=value, seconds=seconds, detail=detail)
     for judge in judges:
-        yield from judge.rows(seed=seed)
+        for row in judge.rows(seed=seed):
+            yield replace(row, detail={**row.detail, "norm_pix_loss": recipe.norm_pix_loss})

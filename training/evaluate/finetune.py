@@ -6,6 +6,7 @@ mixing, layer decay and drop path.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -25,7 +26,7 @@ from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.data.sampler import ImageKey
 from training.evaluate.encoders import build_encoder
-from training.evaluate.features import fingerprint_data, fingerprint_weights, load_views
+from training.evaluate.features import cut, fingerprint_data, fingerprint_weights, load_views
 from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, check_batch, resolve_recipe
 from training.evaluate.intervals import share_interval
 from training.evaluate.rows import Place, Row
@@ -33,6 +34,11 @@ from training.evaluate.trainer import Schedule, Task, fit, run_name
 from training.run.checkpoint import write_atomically
 from training.run.engine import count_processes
 from training.run.seeding import derive_seed, seeded
+
+CLASSIFIER = "classifier.safetensors"
+"""In a run's folder, when it has ended."""
+CUT = ("processes", "micro_batches")
+"""What a recipe says of how batches were cut, where that decides what is drawn."""
 
 
 class LabelledViews(Dataset[Any]):
@@ -162,14 +168,14 @@ def classify(network: nn.Module, source: ImageSource, place: Place) -> Tensor:
         ImageError: At an image that does not decode.
     """
     transform = create_transform(**resolve_model_data_config(network))
-    batches = load_views(source, transform, range(len(source)), place.batch_size, place.engine.workers)
+    batches = load_views(source, transform, cut(range(len(source)), place.batch_size), place.engine.workers)
     device = next(network.parameters()).device
     return torch.cat([network(images.to(device)).float().cpu() for images in batches])
 
 
 def save_classifier(out: Path, network: Any, classes: list[str]) -> None:
     """Write `classifier.safetensors`, and of an encoder that has no head by itself `encoder.safetensors`."""
-    write_atomically(out / "classifier.safetensors", network.state_dict(), {"classes": json.dumps(classes)})
+    write_atomically(out / CLASSIFIER, network.state_dict(), {"classes": json.dumps(classes)})
     if network.pretrained_cfg.get("num_classes") == 0:
         state = {key: value for key, value in network.state_dict().items() if not key.startswith("head.")}
         state = {key.replace("fc_norm.", "norm.", 1): value for key, value in state.items()}
@@ -222,13 +228,46 @@ def fine_tune(name: str, train: ImageSource, settings: FineTuneSettings, seed: i
     }
     if recipe.mixes or recipe.drop_path:
         # pairs and dropped branches are drawn inside a pass, so another cut is another run
-        cut = {"processes": count_processes(), "micro_batches": place.engine.micro_batches}
-        description["recipe"] |= cut
+        description["recipe"] |= {"processes": count_processes(), "micro_batches": place.engine.micro_batches}
     out = place.out / "runs" / run_name("finetune", description)
+    if "processes" in description["recipe"] and count_processes() == 1 and not (out / CLASSIFIER).exists():
+        out, description = find_finished(out, description)
     network, seconds = fit(task, schedule, description, out, place.engine)
     if PartialState().is_main_process:
         save_classifier(out, network, train.classes)
     return FineTuned(network, train.classes, recipe, seconds, str(out.relative_to(place.out)))
+
+
+def find_finished(out: Path, description: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """For one process the run that ended by the same recipe on several, if there is one.
+
+    `shift` and a second look run in one process, on what several have learned.
+
+    Args:
+        out: The run's own folder.
+        description: Its own.
+
+    Returns:
+        Folder and description of the other run, or its own.
+    """
+
+    def learned(told: dict[str, Any]) -> dict[str, Any]:
+        return {**told, "recipe": {key: value for key, value in told["recipe"].items() if key not in CUT}}
+
+    own = learned(json.loads(json.dumps(description)))
+    for file in sorted(out.parent.glob("finetune-*/recipe.json")):
+        other = json.loads(file.read_text())
+        if {key: learned(other)[key] for key in own} != own or other["recipe"]["processes"] == 1:
+            continue
+        if (file.parent / CLASSIFIER).exists():
+            return file.parent, {key: other[key] for key in description}
+        print(f"{file.parent} was begun with {describe_cut(other)}: so many go on with it", file=sys.stderr)
+    return out, description
+
+
+def describe_cut(description: dict[str, Any]) -> str:
+    """How a run cuts its batches."""
+    return ", ".join(f"{description['recipe'][key]} {key.replace('_', ' ')}" for key in CUT)
 
 
 def run_finetune(tuned: FineTuned, test: ImageSource, place: Place) -> Iterator[Row]:

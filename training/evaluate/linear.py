@@ -56,7 +56,13 @@ class Probe:
 
 
 def train_probe(
-    features: Features, rates: tuple[float, ...], *, epochs: int = 100, batch_size: int = 256, seed: int = 0
+    features: Features,
+    rates: tuple[float, ...],
+    *,
+    epochs: int = 100,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Probe:
     """Train a head for each learning rate: cross-entropy, SGD with momentum 0.9, half-cosine, no weight decay.
 
@@ -66,6 +72,7 @@ def train_probe(
         epochs: Passes over the features; more where they would take less than `LEAST_STEPS`.
         batch_size: Rows a step; the rates grow with it.
         seed: Decides the order; the heads start at zero.
+        device: Where the heads are; features stay where they are, batches go there.
     """
     standardise, classes = Standardise.of(features.rows), len(features.classes)
     rows = standardise(features.rows)
@@ -73,23 +80,25 @@ def train_probe(
     head = nn.Linear(rows.shape[1], len(rates) * classes)  # all heads, one below the other
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
+    head.to(device)
     steps_an_epoch = len(rows) // batch_size
     epochs = max(epochs, math.ceil(LEAST_STEPS / steps_an_epoch))
     # a head's rate is a factor of its loss, and one optimiser with rate 1 serves all
-    factors = torch.tensor(rates) * batch_size / 256
+    factors = (torch.tensor(rates) * batch_size / 256).to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_an_epoch)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(len(rows), generator=generator)
         for batch in order.split(batch_size)[:steps_an_epoch]:
-            logits = head(rows[batch]).view(-1, classes)  # (n * R, C)
-            target = features.labels[batch].repeat_interleave(len(rates))  # (n * R,)
+            logits = head(rows[batch].to(device)).view(-1, classes)  # (n * R, C)
+            target = features.labels[batch].to(device).repeat_interleave(len(rates))  # (n * R,)
             losses = F.cross_entropy(logits, target, reduction="none").view(-1, len(rates)).mean(dim=0)  # (R,)
             optimizer.zero_grad(set_to_none=True)
             (losses * factors).sum().backward()
             optimizer.step()
             scheduler.step()
+    head.cpu()
     return Probe(standardise, head.weight.detach().T.contiguous(), head.bias.detach(), len(rates))
 
 
@@ -147,6 +156,7 @@ def fit_probe(
     batch_size: int = 256,
     share: float = 0.1,
     seed: int = 0,
+    device: str = "cpu",
 ) -> FittedProbe:
     """Choose a learning rate on a held-back part of `train`, train on all of it.
 
@@ -157,15 +167,16 @@ def fit_probe(
         batch_size: Rows a step.
         share: Of `train` to hold back.
         seed: Decides what is held back, and orders.
+        device: Where heads are trained.
 
     Raises:
         ValueError: If nothing can be held back.
     """
     fit, held = hold_back(train, share, seed)
-    sweep = train_probe(train.take(fit), rates, epochs=epochs, batch_size=batch_size, seed=seed)
+    sweep = train_probe(train.take(fit), rates, epochs=epochs, batch_size=batch_size, seed=seed, device=device)
     right, losses = judge(sweep, train.take(held))
     best = rates[choose(right, losses)]
-    probe = train_probe(train, (best,), epochs=epochs, batch_size=batch_size, seed=seed)
+    probe = train_probe(train, (best,), epochs=epochs, batch_size=batch_size, seed=seed, device=device)
     by_rate = dict(zip(rates, right.double().mean(dim=1).tolist(), strict=True))
     return FittedProbe(probe, best, by_rate)
 
@@ -179,6 +190,7 @@ def linear_probe(
     batch_size: int = 256,
     share: float = 0.1,
     seed: int = 0,
+    device: str = "cpu",
 ) -> LinearResult:
     """`fit_probe`, and one test.
 
@@ -190,10 +202,11 @@ def linear_probe(
         batch_size: Rows a step.
         share: Of `train` to hold back.
         seed: Decides what is held back, and orders.
+        device: Where heads are trained.
 
     Raises:
         ValueError: If nothing can be held back.
     """
-    fitted = fit_probe(train, rates=rates, epochs=epochs, batch_size=batch_size, share=share, seed=seed)
+    fitted = fit_probe(train, rates=rates, epochs=epochs, batch_size=batch_size, share=share, seed=seed, device=device)
     correct = judge(fitted.probe, test)[0][0]
     return LinearResult(fitted.probe, fitted.learning_rate, fitted.held_back_accuracy, correct)

@@ -15,7 +15,7 @@ from perceptual_mae_models.features import FeatureExtractor
 from training.data.images import ImageSource, spread
 from training.data.readers import FolderReader
 from training.evaluate.duplicates import find_duplicates
-from training.evaluate.features import fingerprint_data, load_views
+from training.evaluate.features import cut, fingerprint_data, load_views
 from training.evaluate.knn import knn_predict
 
 NEIGHBOURS = 20
@@ -88,7 +88,7 @@ class _Kept:
         numbers = spread(labels, limit)
         self.labels = labels[numbers]
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed from the global generator
-            self.views = torch.cat(list(load_views(source, geometry, numbers.tolist(), BATCH_SIZE, workers)))
+            self.views = torch.cat(list(load_views(source, geometry, cut(numbers.tolist(), BATCH_SIZE), workers)))
 
 
 class KnnMonitor:

@@ -35,8 +35,8 @@ class Settings:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least 1")
 
 
-def run_knn(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
-    """Weighted k-NN, DINO's protocol."""
+def run_knn(train: Features, test: Features, settings: Settings, device: str = "cpu") -> Iterator[Row]:
+    """Weighted k-NN, DINO's protocol; on the CPU, whatever the device."""
     started = time.monotonic()
     predicted = knn_predict(train.rows, train.labels, test.rows, settings.k)
     seconds = time.monotonic() - started
@@ -52,10 +52,12 @@ def run_knn(train: Features, test: Features, settings: Settings) -> Iterator[Row
         )
 
 
-def run_linear(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
-    """Linear probe."""
+def run_linear(train: Features, test: Features, settings: Settings, device: str = "cpu") -> Iterator[Row]:
+    """Linear probe, its heads trained on the device."""
     started = time.monotonic()
-    result = linear_probe(train, test, epochs=settings.epochs, share=settings.hold_back, seed=settings.seed)
+    result = linear_probe(
+        train, test, epochs=settings.epochs, share=settings.hold_back, seed=settings.seed, device=device
+    )
     yield Row(
         protocol="linear",
         setting=f"lr={result.learning_rate:g}",
@@ -69,8 +71,8 @@ def run_linear(train: Features, test: Features, settings: Settings) -> Iterator[
     )
 
 
-def run_few_shot(train: Features, test: Features, settings: Settings) -> Iterator[Row]:
-    """Logistic regression on few labels."""
+def run_few_shot(train: Features, test: Features, settings: Settings, device: str = "cpu") -> Iterator[Row]:
+    """Logistic regression on few labels; on the CPU, whatever the device."""
     for amount in settings.shots:
         started = time.monotonic()
         values = few_shot(train, test, amount, draws=settings.draws, seed=settings.seed)
@@ -85,7 +87,7 @@ def run_few_shot(train: Features, test: Features, settings: Settings) -> Iterato
         )
 
 
-ON_FEATURES: dict[str, Callable[[Features, Features, Settings], Iterator[Row]]] = {
+ON_FEATURES: dict[str, Callable[[Features, Features, Settings, str], Iterator[Row]]] = {
     "knn": run_knn,
     "linear": run_linear,
     "few_shot": run_few_shot,

@@ -16,7 +16,7 @@ from torch import Tensor
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, hidden_pixels, random_masking
 from perceptual_mae_models.reconstruction import middle
 from training.data.images import ImageSource
-from training.evaluate.features import load_views
+from training.evaluate.features import cut, load_views
 from training.grids import labelled_rows, reconstruct
 from training.losses.structural import WINDOW, ms_ssim_each, ssim_map
 from training.recipes import Recipe
@@ -69,7 +69,7 @@ def rebuild(
     network.eval()
     device, numbers = network.mean.device, range(len(source)) if numbers is None else numbers
     fit, start = partial(middle, size=network.image_size), 0
-    for images in load_views(source, fit, numbers, batch_size, workers):
+    for images in load_views(source, fit, cut(numbers, batch_size), workers):
         places = [generator(seed, "reconstruction", number) for number in numbers[start : start + len(images)]]
         start += len(images)
         noise = torch.stack([torch.rand(network.num_patches, generator=place) for place in places]).to(device)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from perceptual_mae_models.features import FeatureExtractor
 from training.data.images import ImageSource
-from training.evaluate.features import Features, extract, load_views
+from training.evaluate.features import Features, cut, extract, load_views
 from training.evaluate.knn import knn_predict
 from training.evaluate.linear import LEARNING_RATES, linear_probe
 
@@ -123,7 +123,7 @@ def measure_extraction(options: Options) -> dict[str, float]:
     extractor = FeatureExtractor(options.model)
     source = ImageSource(options.data) if options.data else _Noise(options.images, 2 * max(extractor.input_size))
     numbers = range(min(options.images, len(source)))
-    views = torch.cat(list(load_views(source, extractor.transform, numbers, options.batch_size, workers=0)))
+    views = torch.cat(list(load_views(source, extractor.transform, cut(numbers, options.batch_size), workers=0)))
     extractor.transform = lambda view: view  # type: ignore[assignment, return-value]
     ready, batches = _Ready(views), views.split(options.batch_size)
 

@@ -219,6 +219,8 @@ def place_figures(sources: Sequence[Source]) -> Figures:
                 setting=result["setting"],
                 seconds=result.get("seconds", 0.0),
                 detail=result["detail"],
+                # what takes each patch's mean and contrast from the original is no rival of what does not
+                ranked=not (result["protocol"] == "reconstruction" and result["detail"].get("norm_pix_loss")),
             )
             known = figures.setdefault((figure.entry, figure.column), figure)
             if (known.value, known.setting) != (figure.value, figure.setting):
