@@ -160,6 +160,7 @@ def _add_serve_options(command: argparse.ArgumentParser) -> None:
     add("--model", default="vit_pico_patch8_pmae", metavar="NAME", help="of the neighbours (default: %(default)s)")
     add("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s, this machine only")
+    add("--name", action="append", default=[], metavar="HOST", help="answer to this name too, that of a proxy")
     add("--port", type=_at_least(0, 65535), default=7860, metavar="N", help="default: %(default)s; 0: a free one")
 
 

@@ -11,7 +11,7 @@ for batch in extractor.stream(find_images(["photos"])):      # any number of ima
 ```
 """
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,12 @@ from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from perceptual_mae_models.building import UnknownModelError as UnknownModelError
 from perceptual_mae_models.building import build, name_origin
 from perceptual_mae_models.building import check_model_name as check_model_name
 from perceptual_mae_models.images import ImageError, ImageInput
-from perceptual_mae_models.loading import Batches, Loaded, Transform, load_here, read_opened
+from perceptual_mae_models.loading import Loaded, Transform, load_here, load_in_workers
 from perceptual_mae_models.version import __version__
 
 Pool = Literal["avg", "cls", "cls+avg", "tokens", "map"]
@@ -160,8 +159,8 @@ class FeatureExtractor:
         Args:
             images: One image or several: paths, Pillow images, arrays; see `images.open_image`.
             batch_size: Images a forward pass; it decides memory and speed, not the result.
-            workers: Processes that decode, 0 for none; with workers `images` must have a length, and those that
-                Pillow has opened are decoded here, because processes would share their files.
+            workers: Processes that decode, 0 for none; images that Pillow has opened are decoded here, because
+                processes would share their files.
 
         Returns:
             Float32 on the CPU, a row an image in the given order: (N, D), (N, L, D) or (N, D, H, W).
@@ -185,7 +184,7 @@ class FeatureExtractor:
         """Computes features batch by batch, in order, holding one batch (and with workers, two each) in memory.
 
         Args:
-            images: As for calling; without workers also a generator, which is read as it is needed.
+            images: As for calling; a generator is read as it is needed, with workers two batches each ahead.
             batch_size: As for calling.
             workers: As for calling.
             skip_broken: Report unreadable images in `FeatureBatch.broken` rather than raising.
@@ -205,18 +204,14 @@ class FeatureExtractor:
             images = [images]
         if workers == 0:
             return self._encode_all(load_here(images, batch_size, self.transform), skip_broken)
-        if not isinstance(images, Sized):
-            raise ValueError("workers need a list of images: a generator can only be read here, with workers=0")
-        listed = images if isinstance(images, Sequence | np.ndarray) else list(images)
-        read_opened(listed)
-        batches = Batches(listed, batch_size, self.transform)
-        return self._encode_all(DataLoader(batches, batch_size=None, num_workers=workers), skip_broken)
+        return self._encode_all(load_in_workers(images, batch_size, self.transform, workers), skip_broken)
 
     def _encode_all(self, batches: Iterable[Loaded], skip_broken: bool) -> Iterator[FeatureBatch]:
         for batch in batches:
             if batch.broken and not skip_broken:
                 raise batch.broken[0]
-            features = self.encode(batch.pixels) if batch.names else torch.empty(0, *self.feature_shape)
+            pixels = torch.from_numpy(batch.pixels)
+            features = self.encode(pixels) if batch.names else torch.empty(0, *self.feature_shape)
             yield FeatureBatch(batch.names, features, batch.broken)
 
     @torch.no_grad()  # not inference_mode: a classifier may be trained on the features
@@ -281,6 +276,7 @@ class FeatureExtractor:
             width = getattr(getattr(norm, "weight", None), "shape", None)
             if norm is None or width != vectors.shape[1:]:  # of another width: between the layers of a head
                 return vectors
+        vectors = vectors.to(getattr(getattr(norm, "weight", None), "dtype", vectors.dtype))  # of a cast module
         if ndim == 4 and not self._channels_last:  # it is made for maps
             vectors = vectors[:, :, None, None]
         pooled: Tensor = norm(vectors)

@@ -23,6 +23,8 @@ HUB_ORGANISATION = "perceptual-mae"
 `PUBLISHED` are only asked for where the variable is set, be it to this."""
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+"""What timm called them before; read as tensors alone."""
 
 
 class IntegrityError(RuntimeError):
@@ -97,7 +99,7 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
     repository = find_repository(cfg)
     filename = cfg.hf_hub_filename or WEIGHTS
     if not repository.ours:
-        return fetch_file(repository, filename, cache_dir)
+        return _fetch_foreign(repository, cfg.hf_hub_filename, cache_dir)
     try:
         manifest = fetch_manifest(repository, cache_dir)
     except LocalEntryNotFoundError as error:
@@ -114,6 +116,22 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
     path = fetch_file(repository, filename, cache_dir)
     check_file(path, filename, manifest, str(repository))
     return path
+
+
+def _fetch_foreign(repository: Repository, filename: str | None, cache_dir: str | Path | None) -> Path:
+    """A repository's weights by the name that is asked for, or by those that timm knows."""
+    try:
+        return fetch_file(repository, filename or WEIGHTS, cache_dir)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        if filename:
+            raise
+        try:
+            return fetch_file(repository, PICKLED_WEIGHTS, cache_dir)
+        except EntryNotFoundError:
+            pass
+        raise  # by the name that is usual
 
 
 def fetch_file(

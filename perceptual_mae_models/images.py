@@ -4,6 +4,7 @@ Everything that enters a network here starts as an upright 8-bit RGB `PIL.Image`
 Pillow or from an array, so that the three give the same features.
 """
 
+import errno
 import glob
 import os
 import struct
@@ -42,6 +43,14 @@ UPRIGHT = {
 }
 
 
+OF_STORAGE = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EMFILE", "ENFILE", "ENOMEM")
+    if hasattr(errno, name)
+}
+"""Errors of which another image in the place of this one would be no mending."""
+
+
 class ImageError(ValueError):
     """An image that cannot be found, opened or understood.
 
@@ -68,7 +77,7 @@ def open_image(image: ImageInput) -> Image.Image:
       image that uses no more than 12 bits of them. 32-bit integer and float files carry no value range of their own:
       see `grey_to_8_bit`.
     - Of an animation, the first frame; of a Pillow image, the frame it stands at.
-    - PostScript is refused: Pillow would have Ghostscript run it.
+    - PostScript is refused, and what may hold it: Pillow would have Ghostscript run it.
 
     Args:
         image: A path, a Pillow image (left as it is), or an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)
@@ -80,6 +89,8 @@ def open_image(image: ImageInput) -> Image.Image:
     Raises:
         ImageError: The file is missing, broken, truncated or a decompression bomb; or the array has another shape,
             dtype or value range. The message names the file.
+        OSError: The storage fails, or files cannot be opened any more: that is no fault of this file (`OF_STORAGE`).
+        MemoryError: There is not enough for it.
         TypeError: `image` is of none of these types.
     """
     if isinstance(image, np.ndarray):
@@ -101,6 +112,7 @@ def open_image(image: ImageInput) -> Image.Image:
         raise ImageError(name, _unidentified(image)) from None
     # Decoders fail on hostile bytes with whatever their parsers stumble over: OSError, SyntaxError, struct.error, ...
     except Exception as error:
+        raise_others(error)
         raise ImageError(name, _reason(error)) from error
     with opened:
         return _decode(opened, name)
@@ -160,6 +172,11 @@ def _warn_of_few_bits(high: float) -> None:
         )
 
 
+def printable(name: str) -> str:
+    """A name for terminals, pictures and pages: control characters and bytes that are not UTF-8 become U+FFFD."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
+
+
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Lists image files.
 
@@ -216,7 +233,8 @@ def _expand(path: Path, named: bool) -> list[Path]:
     for folder, subfolders, names in os.walk(path, onerror=unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         visible = (Path(folder, name) for name in names if not name.startswith("."))
-        files += [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+        # a pipe of such a name would be waited for without end
+        files += [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_fifo()]
     return sorted(files)
 
 
@@ -224,10 +242,16 @@ def refuse_programs(image: Image.Image) -> None:
     """Refuses what Pillow has another program read, whatever the file is called.
 
     Raises:
-        ValueError: The image is PostScript, which Pillow hands to Ghostscript.
+        ValueError: The image is PostScript, which Pillow hands to Ghostscript, or IPTC, in which that may be.
     """
-    if image.format == "EPS":
-        raise ValueError("is PostScript, which Ghostscript would run: convert it to a PNG first")
+    if image.format in ("EPS", "IPTC"):
+        raise ValueError("is PostScript, or may hold it, which Ghostscript would run: convert it to a PNG first")
+
+
+def raise_others(error: Exception) -> None:
+    """Raises again what is no fault of the image that was being read: of storage, of memory."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_STORAGE):
+        raise error
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -239,6 +263,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         rgb = _to_rgb(image)
         return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
     except Exception as error:  # see open_image
+        raise_others(error)
         raise ImageError(name, _reason(error)) from error
 
 
@@ -251,8 +276,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        # Older Pillow reads 16-bit PNGs as mode I.
-        sixteen_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+        # Older Pillow reads 16-bit PNGs as mode I; PPM is also what it calls files of floats.
+        sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         values = grey_to_8_bit(np.asarray(image), sixteen_bit)
         # Of a TIFF, 0 says that white is zero; Pillow heeds it in 8 bits only.
         interpretation = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation)
@@ -293,7 +318,10 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 
 def _unidentified(file: str | Path) -> str:
-    empty = Path(file).stat().st_size == 0
+    try:
+        empty = Path(file).stat().st_size == 0
+    except FileNotFoundError:  # it was there when it was opened
+        return "no such file"
     return "empty file" if empty else "not an image file, or of a kind that Pillow cannot read"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,13 +49,25 @@ def explain_unreadable_weights(cfg: PretrainedCfg) -> Iterator[None]:
             f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
             f" checkpoint ({type(error).__name__}: {error})."
         ) from error
-    except RuntimeError as error:
-        if isinstance(error.__cause__, pickle.UnpicklingError):  # timm's advice would be to run what is in the file
+    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+        if not isinstance(error, CheckpointError) and _read_by(error, "torch.serialization", "timm.models._helpers"):
+            if not isinstance(error.__cause__, pickle.UnpicklingError):
+                raise CheckpointError(
+                    f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
+                    f" checkpoint ({type(error).__name__}: {error})."
+                ) from error
+            # timm's advice would be to run what is in the file
             raise CheckpointError(
                 f"{_location(cfg)} is broken, or holds objects besides tensors, which reading would run as code:"
                 " `pmae convert` says what it is"
             ) from error
         raise
+
+
+def _read_by(error: BaseException, *modules: str) -> bool:
+    """Whether an error comes from code of one of some modules, or from what that called."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") in modules for frame, _ in frames)
 
 
 def check_head(file: Path) -> None:

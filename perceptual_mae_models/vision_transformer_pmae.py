@@ -131,7 +131,9 @@ def _vision_transformer(**kwargs: Any) -> VisionTransformer:
 def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-    if not overlay.keys().isdisjoint(("url", "hf_hub_id")) and "file" not in overlay:
+    if kwargs.pop("use_naflex", None):
+        raise ValueError(f"{variant}: use_naflex=True is timm's own ViTs' alone; dynamic_img_size=True takes any size")
+    if any(overlay.get(key) for key in ("url", "hf_hub_id")) and "file" not in overlay:
         # What is given by hand stands before the file in the package, which timm would read.
         cfg = replace(cfg, file=None)
         _exchange_cfg(kwargs, cfg)

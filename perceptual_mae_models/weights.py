@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -145,6 +146,9 @@ def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wante
     for name, target in wanted.items():
         if name not in tensors or name.split(".")[0] in HEAD_PARTS:
             continue
+        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+            what = "NaN or infinite values" if tensors[name].is_floating_point() else f"{tensors[name].dtype}"
+            raise CheckpointError(f"The checkpoint's {name} holds {what}: it is damaged, or quantised.")
         found = tensors[name].shape
         if name == _PATCH_WEIGHT:  # kernel and channels can be adapted
             fits = len(found) == 4 and found[0] == target.shape[0]
@@ -207,9 +211,17 @@ def _position_layout(tensors: Mapping[str, Tensor], model: VisionTransformer) ->
     num_tokens = sum(tensors[name].shape[1] for name in ("cls_token", "reg_token") if name in tensors)
     height, width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
     patch_height, patch_width = tensors[_PATCH_WEIGHT].shape[-2:]
-    for rows, columns in ((height // patch_height, width // patch_width), model.patch_embed.grid_size):
+    declared, own = (height // patch_height, width // patch_width), tuple(model.patch_embed.grid_size)
+    for rows, columns in (declared, own):
         for num_prefix in (num_tokens, 0):
             if rows * columns == length - num_prefix:
+                if declared != own and math.prod(own) == math.prod(declared):
+                    warnings.warn(
+                        f"positions of {rows * columns} patches are taken for {rows} x {columns} of them, as the"
+                        f" pretrained cfg declares, not for {own[0]} x {own[1]}: if they are the latter, say so with"
+                        " pretrained_cfg_overlay=dict(file=…, input_size=(3, height, width))",
+                        stacklevel=2,
+                    )
                 return num_prefix, (rows, columns)
     for num_prefix in (num_tokens, 0):
         side = math.isqrt(max(length - num_prefix, 0))

@@ -17,6 +17,7 @@ twice for a moment. Every format reads back without this package:
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
 import uuid
@@ -41,7 +42,11 @@ CHUNK_BYTES = 16 * 2**20
 
 
 class OutputError(OSError):
-    """A file that cannot be written, for a reason that is known before anything is computed."""
+    """A file that cannot be written; nearly always told before anything is computed."""
+
+
+_LONE = re.compile("[\ud800-\udfff]")
+"""What stands for bytes of file names that are not UTF-8, and for halves of Windows' pairs."""
 
 
 class FeatureWriter:
@@ -101,7 +106,7 @@ class FeatureWriter:
         for name in names:
             if "\0" in name:
                 raise ValueError(f"a name holds NUL, which separates names: {name!r}")
-            clean = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            clean = _LONE.sub("\ufffd", name)
             self._longest_name = max(self._longest_name, len(clean))
             self._name_spool.write((b"\0" if self.rows else b"") + clean.encode())
             self.rows += 1
@@ -112,6 +117,7 @@ class FeatureWriter:
 
         Raises:
             ValueError: Nothing was written; no file appears then.
+            OutputError: The disk is full, for example. What was computed is kept, and the message says where.
         """
         try:
             self._row_spool.close()
@@ -121,8 +127,18 @@ class FeatureWriter:
             assemble = {".npz": self._npz, ".safetensors": self._safetensors, ".parquet": self._parquet}
             assemble[self.path.suffix](self._shape)
             self._unfinished.replace(self.path)
-        finally:
+        except OSError as error:
+            self._unfinished.unlink(missing_ok=True)
+            rows, names = self._spool_paths
+            shape = " x ".join(map(str, (self.rows, *(self._shape or ()))))
+            raise OutputError(
+                f"cannot write {self.path} ({error.strerror or error}), which needs its size on the disk twice; the"
+                f" features are kept in {rows} ({shape} little-endian float32) and {names} (separated by NUL)"
+            ) from error
+        except BaseException:
             self.discard()
+            raise
+        self.discard()
 
     def discard(self) -> None:
         """Gives up: removes everything but a finished output."""

@@ -194,12 +194,12 @@ def test_pairs_that_say_nothing_are_refused() -> None:
         return Features(**{"rows": good.rows, "labels": good.labels, "classes": good.classes, **changes})  # type: ignore[arg-type]
 
     check_pair(good, good)
-    with pytest.raises(ValueError, match="only in --train: d; only in --test: x"):
+    with pytest.raises(ValueError, match=r"only in --train: .*class 3; only in --test: .*x"):
         check_pair(good, altered(classes=("a", "b", "c", "x")))
     one = altered(classes=("a",), labels=torch.zeros(40, dtype=torch.long))
     with pytest.raises(ValueError, match="one class, a"):
         check_pair(one, one)
-    with pytest.raises(ValueError, match="no image of d"):
+    with pytest.raises(ValueError, match="no image of class 3"):
         check_pair(altered(labels=good.labels.clamp(max=2)), good)
     with pytest.raises(ValueError, match="negative labels"):
         check_pair(good, altered(labels=good.labels - 1))

@@ -25,6 +25,7 @@ from perceptual_mae_models.features import (
     default_device,
 )
 from perceptual_mae_models.images import ImageError, find_images
+from perceptual_mae_models.loading import load_in_workers
 from perceptual_mae_models.version import __version__
 
 PICO = "vit_pico_patch8_pmae"
@@ -151,8 +152,13 @@ def test_names_and_generators(extractor: FeatureExtractor, files: list[Path]) ->
     arrays = (np.asarray(Image.open(file)) for file in files[:5])
     batches = list(extractor.stream(arrays, batch_size=2))
     assert sum((batch.names for batch in batches), ()) == tuple(f"array #{index}" for index in range(5))
-    with pytest.raises(ValueError, match="generator"):
-        extractor.stream(iter(files), workers=1)
+    read = []
+    paths = (read.append(file) or file for file in files)
+    stream = extractor.stream(paths, batch_size=2, workers=1)
+    first = next(stream)
+    assert len(read) < len(files), "no more than is needed, and what is asked for ahead"
+    found = torch.cat([first.features, *(batch.features for batch in stream)])
+    torch.testing.assert_close(found, extractor(files, batch_size=2))
     expected = extractor(files[:3])
     names = [str(file) for file in files[:3]]
     for several in (np.array(names), np.array(files[:3], dtype=object), dict.fromkeys(names)):
@@ -399,6 +405,22 @@ def test_the_layout_of_convolutions_is_ours_only_where_the_network_is_and_change
     pixels = torch.randn(2, 3, *own.input_size, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(own.encode(pixels), as_it_is.encode(pixels))
     assert all(parameter.is_contiguous() for parameter in FeatureExtractor(PICO, pretrained=False).model.parameters())
+
+
+def test_what_workers_send_takes_no_shared_memory(files: list[Path], extractor: FeatureExtractor) -> None:
+    """Containers have 64 MB of it; torch's tensors would take it, and wait without end for more."""
+    (loaded,) = load_in_workers(files[:2], 2, extractor.transform, workers=1)
+    assert isinstance(loaded.pixels, np.ndarray)
+    assert loaded.pixels.shape == (2, 3, *extractor.input_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_modules_whose_norm_comes_after_pooling(dtype: torch.dtype, files: list[Path]) -> None:
+    model = timm.create_model(PICO, pretrained=True, num_classes=5, global_pool="avg")
+    expected = FeatureExtractor(model)(files[:2])
+    found = FeatureExtractor(copy.deepcopy(model).to(dtype))(files[:2])
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999
 
 
 def test_wrong_arguments(pico: nn.Module, extractor: FeatureExtractor, files: list[Path]) -> None:

@@ -1,6 +1,7 @@
 """Weights from a Hub: the real client against a server on 127.0.0.1 that also misbehaves."""
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -206,6 +207,31 @@ def test_another_organisation_can_stand_in(
     assert_loaded(state)
     monkeypatch.setenv("PMAE_HUB_ORG", "nobody")
     assert f"nobody/{TAG}" in refused(WeightsUnavailableError)
+
+
+def test_a_repository_without_safetensors_loads_and_what_is_none_names_no_source(
+    server: Hub, state: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled = io.BytesIO()
+    torch.save(state, pickled)
+    config = {"architecture": "vit_pico_patch8_pmae", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    server.repos["someone/old"] = Repo()
+    files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": pickled.getvalue()}
+    server.repos["someone/old"].commit(files)
+    model = timm.create_model("hf-hub:someone/old", pretrained=True)
+    assert torch.equal(model.norm.weight, state["norm.weight"])
+    embedded = timm.create_model("vit_pico_patch8_pmae.mae_imagenette", pretrained=True).state_dict()
+    for nothing in ({"hf_hub_id": None}, {"url": None}, {"url": ""}):
+        again = timm.create_model(
+            "vit_pico_patch8_pmae.mae_imagenette", pretrained=True, pretrained_cfg_overlay=nothing
+        ).state_dict()
+        assert torch.equal(again["norm.weight"], embedded["norm.weight"])
+    server.repos[f"acme/{TAG}"] = Repo()
+    server.repos[f"acme/{TAG}"].commit({"model.safetensors": as_files(state)["model.safetensors"]})
+    monkeypatch.setenv("PMAE_HUB_ORG", "acme")
+    assert_loaded(state)
+    status, out, _ = run(capsys, "download", TAG)
+    assert (status, out.split()[0]) == (0, "model.safetensors")
 
 
 def test_tampered_weights_are_refused(published: Repo, state: dict[str, torch.Tensor]) -> None:

@@ -1,17 +1,20 @@
 """Opening and finding images; expected pixels come from NumPy, not from the functions under test."""
 
+import errno
+import io
 import os
 import pickle
 import struct
 import tracemalloc
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from perceptual_mae_models.images import ImageError, find_images, grey_to_8_bit, image_name, open_image
+from perceptual_mae_models.images import ImageError, find_images, grey_to_8_bit, image_name, open_image, printable
 
 HEIGHT, WIDTH = 24, 36
 
@@ -175,6 +178,53 @@ def test_postscript_is_not_run(tmp_path: Path, name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("ran Ghostscript"))
     with pytest.raises(ImageError, match="PostScript"):
         open_image(tmp_path / name)
+
+
+def test_postscript_inside_another_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def field(number: int, dataset: int, content: bytes) -> bytes:
+        return struct.pack(">BBBH", 0x1C, number, dataset, len(content)) + content
+
+    postscript = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(postscript, "EPS")
+    parts = field(3, 20, b"\0\x08") + field(3, 30, b"\0\x08") + field(3, 60, b"\1\0") + field(3, 120, b"\5")
+    (tmp_path / "cat.jpg").write_bytes(parts + field(8, 10, postscript.getvalue()[:30000]))
+    with Image.open(tmp_path / "cat.jpg") as opened:
+        assert opened.format == "IPTC"
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("ran Ghostscript"))
+    with pytest.raises(ImageError, match="PostScript, or may hold it"):
+        open_image(tmp_path / "cat.jpg")
+
+
+def test_what_is_not_the_images_fault_is_no_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "some.png")
+    for error in (OSError(errno.EIO, "I/O error"), OSError(errno.EMFILE, "Too many open files"), MemoryError()):
+        for place in ("perceptual_mae_models.images.Image.open", "PIL.ImageFile.ImageFile.load"):
+            with monkeypatch.context() as patched:
+                patched.setattr(place, Mock(side_effect=error))
+                with pytest.raises(type(error)) as caught:
+                    open_image(tmp_path / "some.png")
+                assert caught.value is error
+    with monkeypatch.context() as patched:  # a file that goes while it is being opened
+        patched.setattr("perceptual_mae_models.images.Image.open", Mock(side_effect=UnidentifiedImageError))
+        with pytest.raises(ImageError, match="no such file"):
+            open_image(tmp_path / "gone.png")
+
+
+def test_floats_of_the_portable_kind_are_floats(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "half.pfm")
+    assert open_image(tmp_path / "half.pfm").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_among_images_are_not_waited_for(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "some.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert [path.name for path in find_images([tmp_path])] == ["some.png"]
+
+
+def test_names_for_terminals() -> None:
+    assert printable("a b-é.jpg") == "a b-é.jpg"
+    assert printable("a\n\x1b[2J\udce9.jpg") == "a\ufffd\ufffd[2J\ufffd.jpg"
 
 
 def test_sixteen_bit_negatives_are_turned(tmp_path: Path, grey: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """The try-it page: what it computes against independent computations, what it refuses, and the page in a browser."""
 
+import asyncio
 import http.client
 import shutil
 import socket
@@ -9,6 +10,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,11 +31,11 @@ from perceptual_mae_models.autoencoder import (
 )
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import nearest
-from perceptual_mae_models.images import ImageError, find_images
+from perceptual_mae_models.images import ImageError, find_images, open_image
 from perceptual_mae_models.reconstruction import middle, open_shipped, rebuild, shipped_autoencoders
 from perceptual_mae_models.serve import uploads
 from perceptual_mae_models.serve.bench import Workbench, mask_text
-from perceptual_mae_models.serve.hosts import is_loopback, own_names
+from perceptual_mae_models.serve.hosts import OwnPagesOnly, is_loopback, own_names
 from perceptual_mae_models.serve.maps import attention_map, feature_maps, pca_map, principal_components
 from perceptual_mae_models.serve.markup import Figure, figures, message
 from perceptual_mae_models.serve.neighbours import NeighbourIndex
@@ -298,6 +300,52 @@ def test_large_and_missing_files_are_refused(tmp_path: Path, monkeypatch: pytest
         open_upload(tmp_path / "none.png")
 
 
+def test_what_is_of_two_formats_is_read_as_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "upload.png"
+    Image.new("RGB", (8, 8), "red").save(file)
+    plugins = dict(Image.OPEN)
+    # a plugin that is asked first, and takes every file for a strip
+    strip = (lambda *_: Image.new("RGB", (1, 5000)), None)
+    monkeypatch.setattr(Image, "ID", ["STRIP", *Image.ID])
+    monkeypatch.setattr(Image, "OPEN", {"STRIP": strip, **plugins})
+    assert open_image(file).size == (1, 5000)
+    assert open_upload(file).size == (8, 8)
+    monkeypatch.setattr(uploads, "open_image", lambda opened: Image.new("RGB", (1, 5000)))
+    with pytest.raises(ImageError, match="a strip"):
+        open_upload(file)
+
+
+def test_other_sites_pages_are_refused() -> None:
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        answered.append(200)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answered.append(message["status"])
+
+    for method, headers, status in (
+        ("POST", {"host": "127.0.0.1:7860", "origin": "https://evil.example"}, 403),
+        ("POST", {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"}, 200),
+        ("POST", {"host": "inside:80", "origin": "https://demo.example", "sec-fetch-site": "same-origin"}, 200),
+        ("POST", {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site"}, 403),
+        ("POST", {"host": "127.0.0.1:7860"}, 200),  # a program
+        ("POST", {"host": "127.0.0.1:7860", "origin": "null"}, 403),
+        ("GET", {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site"}, 200),
+    ):
+        answered: list[int] = []
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": method, "headers": raw}
+        asyncio.run(OwnPagesOnly(page)(scope, page, send))
+        assert answered == [status], (method, headers)
+
+
+def test_names_of_a_page() -> None:
+    assert own_names("127.0.0.1", ["demo.example"])[:2] == ["127.0.0.1", "localhost"]
+    assert "demo.example" in own_names("127.0.0.1", ["demo.example"])
+    assert own_names("0.0.0.0") == []
+    assert own_names("0.0.0.0", ["demo.example"]) == ["demo.example"]
+
+
 def test_what_a_session_keeps_is_small(photograph: Image.Image) -> None:
     assert keepable(Image.new("RGB", (3000, 1500))).size == (1024, 512)
     assert keepable(photograph).tobytes() == photograph.tobytes()
@@ -325,15 +373,16 @@ def test_command(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     page = pytest.importorskip("perceptual_mae_models.serve.page", reason="gradio is not installed")
     served = []
     monkeypatch.setattr(page, "build", lambda bench, images: (bench, images))
-    monkeypatch.setattr(page, "launch", lambda built, host, port: served.append((built, host, port)))
+    monkeypatch.setattr(page, "launch", lambda built, host, port, names: served.append((built, host, port, names)))
     assert cli.main(["serve", "--folder", str(photos), "--device", "cpu"]) == 0
-    ((bench, images), host, port) = served[0]
+    ((bench, images), host, port, names) = served[0]
+    assert names == []
     assert (host, port) == ("127.0.0.1", 7860)
     assert len(bench.index.names) == 24
     assert list(images) == list(samples())
     assert capsys.readouterr().err == ""
-    assert cli.main(["serve", "--host", "0.0.0.0", "--port", "80", "--device", "cpu"]) == 0
-    assert served[1][1:] == ("0.0.0.0", 80)
+    assert cli.main(["serve", "--host", "0.0.0.0", "--port", "80", "--device", "cpu", "--name", "a.b"]) == 0
+    assert served[1][1:] == ("0.0.0.0", 80, ["a.b"])
     assert "warning: 0.0.0.0 may be reached by other machines" in capsys.readouterr().err
     assert cli.main(["serve", "--folder", str(photos / "none")]) == 1
 

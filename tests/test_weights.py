@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -212,6 +213,48 @@ def test_files_that_are_no_checkpoint_are_named_and_never_unpickled(num_classes,
         assert "weights_only" not in str(caught.value)
 
 
+@NUM_CLASSES
+def test_files_that_are_read_and_are_no_checkpoint_are_named(num_classes, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(random_state(), path)
+    whole = path.read_bytes()
+    for content in (pickle.dumps({1: [2, 3]}, 2), whole[: len(whole) // 2], b"\x80\x02" + bytes(range(20))):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="weights"):
+            timm.create_model(PICO, True, num_classes=num_classes, pretrained_cfg_overlay={"file": str(path)})
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(CheckpointError, match="weights"):
+        timm.create_model(PICO, True, num_classes=num_classes, pretrained_cfg_overlay={"file": str(path)})
+    with pytest.raises(TypeError, match="no_such_argument"):
+        timm.create_model(PICO, True, no_such_argument=1)
+
+
+def test_damaged_and_quantised_values_are_refused(tmp_path):
+    for value, message in ((torch.nan, "NaN or infinite"), (torch.inf, "NaN or infinite")):
+        state = random_state()
+        state["blocks.3.mlp.fc1.bias"][7] = value
+        with pytest.raises(CheckpointError, match=rf"blocks\.3\.mlp\.fc1\.bias holds {message}"):
+            load(state, tmp_path)
+    state = random_state()
+    state["norm.weight"] = torch.ones(192, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match=r"norm\.weight holds torch\.int8"):
+        load(state, tmp_path)
+
+
+def test_an_argument_of_other_models_is_refused_by_name():
+    with pytest.raises(ValueError, match="use_naflex"):
+        timm.create_model(PICO, use_naflex=True)
+    timm.create_model(PICO, use_naflex=False)
+
+
+def test_positions_that_fit_two_grids_are_told(tmp_path):
+    state = random_state(img_size=(32, 128))
+    with pytest.warns(UserWarning, match="64 patches are taken for 8 x 8 of them, .* not for 4 x 16"):
+        load(state, tmp_path, img_size=(32, 128))
+    model = load(state, tmp_path, overlay={"input_size": (3, 32, 128)}, img_size=(32, 128))
+    assert_encoder_equals(model, state)
+
+
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +303,9 @@ def test_pooling_heads(tmp_path):
 def test_position_embedding_is_resampled(img_size, num_classes, tmp_path):
     # (32, 128) has as many patches as (64, 64): only the grid tells them apart
     state = random_state()
-    model = load(prefixed("encoder.", state), tmp_path, img_size=img_size, num_classes=num_classes)
+    ambiguous = img_size == (32, 128)  # as many patches as the square one has
+    with pytest.warns(UserWarning, match="8 x 8") if ambiguous else nullcontext():
+        model = load(prefixed("encoder.", state), tmp_path, img_size=img_size, num_classes=num_classes)
     grid = [img_size[0] // 8, img_size[1] // 8]
     expected = resample_abs_pos_embed(state["pos_embed"], new_size=grid, old_size=[8, 8], num_prefix_tokens=1)
     torch.testing.assert_close(model.pos_embed.data, expected)

@@ -1,5 +1,6 @@
 """Feature files, read back by the formats' own libraries."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_file_names_that_are_not_utf_8(tmp_path: Path, suffix: str) -> None:
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     write(tmp_path / f"f{suffix}", torch.zeros(1, 2), names=[name])
     assert read(tmp_path / f"f{suffix}")[0] == ["caf\ufffd.jpg"]
+    write(tmp_path / f"half{suffix}", torch.zeros(1, 2), names=["\ud800.jpg"])  # as Windows may have it
+    assert read(tmp_path / f"half{suffix}")[0] == ["\ufffd.jpg"]
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -87,12 +90,28 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_crash_while_assembling_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_full_disk_leaves_what_was_computed_and_says_where(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def disk_full(*_: object) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(writers.shutil, "copyfileobj", disk_full)
-    with pytest.raises(OSError, match="no space"):
+    features = torch.arange(2.0 * len(NAMES)).reshape(-1, 2)
+    with pytest.raises(OutputError, match=rf"no space left.*\({len(NAMES)} x 2 little-endian float32\)") as caught:
+        write(tmp_path / f"features{suffix}", features)
+    rows, names = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (rows.suffix, names.suffix) == (".rows", ".names")
+    assert str(rows) in str(caught.value)
+    assert str(names) in str(caught.value)
+    np.testing.assert_array_equal(np.fromfile(rows, "<f4").reshape(-1, 2), features.numpy())
+    assert len(names.read_bytes().split(b"\0")) == len(NAMES)
+
+
+def test_a_bug_while_assembling_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers.shutil, "copyfileobj", None)
+    with pytest.raises(TypeError):
         write(tmp_path / "features.safetensors", torch.zeros(len(NAMES), 2))
     assert not list(tmp_path.iterdir())
 
@@ -121,6 +140,6 @@ def test_problems_are_found_before_the_work(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(OutputError, match=message):
             FeatureWriter(tmp_path / name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(OutputError, match=r'pip install "perceptual-mae-models\[parquet\]"'):
+    with pytest.raises(OutputError, match=r"\(pip install pyarrow\)"):
         check_output(tmp_path / "f.parquet")
     check_output(tmp_path / "f.npz")

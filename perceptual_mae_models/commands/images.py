@@ -43,7 +43,7 @@ def similar(arguments: argparse.Namespace) -> int:
 
     from perceptual_mae_models.features import FeatureBatch
     from perceptual_mae_models.gallery import GalleryRow, Tile, gallery_size, nearest, neighbour_gallery, square_tile
-    from perceptual_mae_models.images import find_images, open_image
+    from perceptual_mae_models.images import find_images, open_image, printable
     from perceptual_mae_models.writers import check_output
 
     check_output(arguments.output, (".png", ".jpg", ".webp"))
@@ -61,16 +61,17 @@ def similar(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.folder} holds no image but the queries")
 
     def tile(name: str, similarity: float | None = None) -> Tile:
-        return Tile(square_tile(open_image(name)), Path(name).name, similarity)  # small, as there may be many
+        shown = printable(Path(name).name)
+        return Tile(square_tile(open_image(name)), shown, similarity)  # small, as there may be many
 
     rows = [
         GalleryRow(tile(query), [tile(match.name, match.similarity) for match in found])
         for query, found in zip(names, matches, strict=True)
     ]
     for query, found in zip(names, matches, strict=True):
-        print(query)
+        print(printable(query))
         for match in found:
-            print(f"    {match.similarity:.4f}  {match.name}")
+            print(f"    {match.similarity:.4f}  {printable(match.name)}")
     facts = extractor.metadata
     weights = facts["tag"] or facts["weights"]
     subtitle = f"{facts['model']}, {weights}; cosine similarity of {facts['pool']} features; {len(files)} images"
@@ -133,13 +134,13 @@ def _stream(
     extractor: "FeatureExtractor", files: Sequence[Path], arguments: argparse.Namespace
 ) -> Iterator["FeatureBatch"]:
     """Streams features with a progress line; names broken images, or says how to go on without them."""
-    from perceptual_mae_models.images import ImageError
+    from perceptual_mae_models.images import ImageError, printable
 
     progress = Progress(len(files))
     try:
         for batch in extractor.stream(files, arguments.batch_size, arguments.workers, arguments.skip_broken):
             for broken in batch.broken:
-                progress.note(f"skipped {broken}")
+                progress.note(f"skipped {printable(str(broken))}")
             progress.advance(len(batch.names) + len(batch.broken))
             yield batch
     except ImageError as error:

@@ -30,14 +30,14 @@ def serve(arguments: argparse.Namespace) -> int:
     from perceptual_mae_models.serve.samples import samples
 
     bench = Workbench(arguments.device or default_device(), index)
-    launch(build(bench, samples()), arguments.host, arguments.port)
+    launch(build(bench, samples()), arguments.host, arguments.port, names=arguments.name)
     return 0
 
 
 def _read_folder(arguments: argparse.Namespace) -> "NeighbourIndex":
     from perceptual_mae_models.commands.images import Progress
     from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
-    from perceptual_mae_models.images import find_images
+    from perceptual_mae_models.images import find_images, printable
     from perceptual_mae_models.serve.neighbours import NeighbourIndex
 
     files = find_images([arguments.folder])
@@ -47,7 +47,7 @@ def _read_folder(arguments: argparse.Namespace) -> "NeighbourIndex":
     def batches() -> Iterator[FeatureBatch]:
         for batch in extractor.stream(files, skip_broken=True):
             for broken in batch.broken:
-                progress.note(f"skipped {broken}")
+                progress.note(f"skipped {printable(str(broken))}")
             progress.advance(len(batch.names) + len(batch.broken))
             yield batch
 

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, given_masking, random_masking
 from perceptual_mae_models.features import find_device
-from perceptual_mae_models.images import ImageError, open_image
+from perceptual_mae_models.images import ImageError, open_image, printable
 from perceptual_mae_models.reconstruction import middle, open_shipped, rebuild, shipped_autoencoders
 from perceptual_mae_models.serve.maps import attention_map, feature_maps, pca_map
 from perceptual_mae_models.serve.markup import Figure, figures, note
@@ -192,11 +192,11 @@ class Workbench:
                 tile = ImageOps.fit(open_image(path), (THUMBNAIL, THUMBNAIL))
             except ImageError:  # moved or changed since the folder was read
                 tile = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#d0d4da")
-            shown.append(Figure(tile, f"{match.similarity:.3f}", path.name))
+            shown.append(Figure(tile, f"{match.similarity:.3f}", printable(path.name)))
         facts = self.index.extractor.metadata
         text = (
             f"Cosine similarity of {facts['pool']} features of {facts['model']}; {len(self.index.names)} images in"
-            f" {self.index.folder.name}."
+            f" {printable(self.index.folder.name)}."
         )
         return figures(shown, sharp=False) + note(text)
 

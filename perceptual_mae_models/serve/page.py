@@ -1,7 +1,7 @@
 """The layout of the try-it page, in gradio: which control calls what of `bench.Workbench`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from perceptual_mae_models.images import ImageError
 from perceptual_mae_models.serve.assets import CSS, PAINT, PICK
 from perceptual_mae_models.serve.bench import Workbench, mask_text
-from perceptual_mae_models.serve.hosts import bracketed, own_names
+from perceptual_mae_models.serve.hosts import OwnPagesOnly, bracketed, own_names
 from perceptual_mae_models.serve.markup import message, note, painter, sample_buttons
 from perceptual_mae_models.serve.uploads import MAX_BYTES, MAX_PIXELS, keepable, open_upload
 
@@ -27,6 +27,8 @@ MEAN = "Mean of heads"
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # gradio's own would come from Google
 NO_IMAGE = "Choose an image first."
 IDLE_SECONDS = 3600
+SESSIONS = 100
+"""Visitors whose image is kept, up to 13 MB each; the oldest go first."""
 """After this a visitor's image and uploads are forgotten."""
 
 
@@ -225,7 +227,7 @@ def _heading(text: str) -> None:
     gr.HTML(f"<h2>{text}</h2>", elem_classes="pmae-head")
 
 
-def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
+def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True, names: Sequence[str] = ()) -> str:
     """Serve the page until interrupted.
 
     Args:
@@ -233,6 +235,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
         host: Address to bind to.
         port: 0 lets gradio choose a free one.
         block: False returns at once; the page is served by a thread then.
+        names: Further names that it answers to, see `own_names`.
 
     Returns:
         The address of the page.
@@ -240,8 +243,10 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
     Raises:
         OSError: If the port is taken, or the address not this machine's.
     """
-    names = own_names(host)
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=names)] if names else []
+    own = own_names(host, names)
+    guards = [Middleware(OwnPagesOnly)]
+    if own:
+        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=own))
     theme = gr.themes.Default(font=FONT, font_mono=("ui-monospace", "monospace"), primary_hue="blue")
     try:
         _, address, _ = blocks.launch(
@@ -250,6 +255,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
             share=False,
             max_file_size=MAX_BYTES,
             enable_monitoring=False,
+            state_session_capacity=SESSIONS,
             footer_links=[],
             ssr_mode=False,
             quiet=True,
@@ -265,5 +271,8 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> str:
         ) from error
     if block:
         print(f"{address} (stop with Ctrl-C)", flush=True)
-        blocks.block_thread()
+        try:
+            blocks.block_thread()
+        finally:  # also on SIGTERM: uploads go with it
+            blocks.close()
     return str(address)

@@ -33,26 +33,32 @@ def open_upload(file: str | Path) -> Image.Image:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ImageError(path.name, f"{size / 2**20:.0f} MB; files have at most {MAX_BYTES // 2**20} MB here")
-        _check_header(path)
-        return open_image(path)
+        with _open(path) as opened:
+            _check_size(path, *opened.size)
+            image = open_image(opened)
+        _check_size(path, *image.size)  # some files say one thing and hold another
+        return image
     except ImageError as error:
         raise ImageError(path.name, error.reason) from error
     except OSError as error:
         raise ImageError(path.name, error.strerror or "cannot be read") from error
 
 
-def _check_header(path: Path) -> None:
+def _open(path: Path) -> Image.Image:
+    """Opens it by the formats that are read here, and no others: a file may be of several."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # older Pillow lacks AVIF
     try:
-        with Image.open(path, formats=formats) as header:
-            width, height = header.size
+        return Image.open(path, formats=formats)
     except Image.DecompressionBombError:
         raise ImageError(path.name, f"too many pixels: at most {MAX_PIXELS // 1_000_000} million here") from None
     except Exception as error:  # decoders fail on hostile bytes with whatever their parsers stumble over
         if path.stat().st_size == 0:
             raise ImageError(path.name, "empty file") from error
         raise ImageError(path.name, "broken, or not an image of a format that is read here") from error
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         millions = f"{width * height / 1e6:.0f} million pixels; at most {MAX_PIXELS // 1_000_000} million here"
         raise ImageError(path.name, f"{width} x {height} are {millions}")

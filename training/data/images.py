@@ -135,6 +135,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise ImageError(name, error.reason) from error
     except Image.DecompressionBombError as error:
         raise ImageError(name, str(error)) from error
+    except MemoryError:
+        raise
     except Exception as error:  # on hostile bytes Pillow's parsers fail with whatever they stumble over
         raise ImageError(name, "not an image" if data else "empty") from error
 

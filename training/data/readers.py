@@ -10,7 +10,6 @@
 | `hf:…` | a Hugging Face data set, see `training/data/hub.py` |
 """
 
-import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Protocol
 
 from timm.utils.misc import natural_key
 
-from perceptual_mae_models.images import IMAGE_SUFFIXES
+from perceptual_mae_models.images import IMAGE_SUFFIXES, OF_STORAGE
 from training.data.hub import HubReader
 from training.data.idx import IdxReader, is_idx
 from training.data.tars import CompressedTarReader, TarReader, expand_braces, is_image, is_shown, number_classes
@@ -27,10 +26,6 @@ from training.data.tars import CompressedTarReader, TarReader, expand_braces, is
 HUB_PREFIX = "hf:"
 RETRY_AFTER = (1.0, 5.0, 20.0)
 """Seconds after which storage that fails is asked again."""
-OF_STORAGE = {
-    getattr(errno, name) for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN") if hasattr(errno, name)
-}
-"""Errors of which another image in the place of this one would be no mending."""
 
 
 class StorageError(RuntimeError):
