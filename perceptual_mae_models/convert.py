@@ -159,7 +159,7 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: Precision) -> dict[str, T
     result = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{name} is of {tensor.dtype}: a quantised checkpoint, convert the original one")
+            raise CheckpointError(f"{name} is of {tensor.dtype}: a quantised checkpoint, take the original one")
         result[name] = tensor.detach().to(getattr(torch, dtype), copy=True).contiguous()
         if not result[name].isfinite().all():
             overflows = bool(tensor.isfinite().all())

@@ -146,9 +146,10 @@ def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wante
     for name, target in wanted.items():
         if name not in tensors or name.split(".")[0] in HEAD_PARTS:
             continue
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
-            what = "NaN or infinite values" if tensors[name].is_floating_point() else f"{tensors[name].dtype}"
-            raise CheckpointError(f"The checkpoint's {name} holds {what}: it is damaged, or quantised.")
+        if not tensors[name].is_floating_point():
+            raise CheckpointError(f"{name} is of {tensors[name].dtype}: a quantised checkpoint, take the original one")
+        if not tensors[name].isfinite().all():
+            raise CheckpointError(f"{name} holds values that are not finite: the checkpoint is damaged")
         found = tensors[name].shape
         if name == _PATCH_WEIGHT:  # kernel and channels can be adapted
             fits = len(found) == 4 and found[0] == target.shape[0]

@@ -176,9 +176,9 @@ def test_missing_shards_are_named(shards: Path, tmp_path: Path) -> None:
 
 def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"perceptual-mae-models\[datasets\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[datasets\]'"):
         ImageSource("hf:some/photos")
-    with pytest.raises(ValueError, match=r"perceptual-mae-models\[datasets\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[datasets\]'"):
         ImageStream("hf-stream:some/photos")
 
 

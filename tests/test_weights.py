@@ -230,14 +230,14 @@ def test_files_that_are_read_and_are_no_checkpoint_are_named(num_classes, tmp_pa
 
 
 def test_damaged_and_quantised_values_are_refused(tmp_path):
-    for value, message in ((torch.nan, "NaN or infinite"), (torch.inf, "NaN or infinite")):
+    for value in (torch.nan, torch.inf):
         state = random_state()
         state["blocks.3.mlp.fc1.bias"][7] = value
-        with pytest.raises(CheckpointError, match=rf"blocks\.3\.mlp\.fc1\.bias holds {message}"):
+        with pytest.raises(CheckpointError, match=r"blocks\.3\.mlp\.fc1\.bias holds values that are not finite"):
             load(state, tmp_path)
     state = random_state()
     state["norm.weight"] = torch.ones(192, dtype=torch.int8)
-    with pytest.raises(CheckpointError, match=r"norm\.weight holds torch\.int8"):
+    with pytest.raises(CheckpointError, match=r"norm\.weight is of torch\.int8: a quantised"):
         load(state, tmp_path)
 
 
