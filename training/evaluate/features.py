@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from perceptual_mae_models.loading import Transform
-from training.data.images import ImageSource
+from training.data.images import LOADER_PATIENCE, ImageSource
 from training.data.readers import HUB_PREFIX
 from training.run.checkpoint import write_atomically
 
@@ -95,7 +95,11 @@ def load_views(
         ImageError: At an image that does not decode: an accuracy over fewer images is another one.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Views(source, transform), batch_sampler=batches, num_workers=workers, collate_fn=list
+        _Views(source, transform),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=list,
+        timeout=LOADER_PATIENCE if workers else 0,
     )
     for batch in loader:
         if broken := next((view for view in batch if isinstance(view, ImageError)), None):

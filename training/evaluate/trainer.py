@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from perceptual_mae_models.images import ImageError
+from training.data.images import LOADER_PATIENCE
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.checkpoint import load_checkpoint
 from training.run.clock import StepClock
@@ -276,6 +277,7 @@ def _load(task: Task, schedule: Schedule, steps: range, engine: Engine, accelera
         dataset,
         batch_sampler=_Parts(sampler, engine.micro_batches),
         num_workers=engine.workers,
+        timeout=LOADER_PATIENCE if engine.workers else 0,
         collate_fn=_Collate(task.collate),
         worker_init_fn=ignore_in_workers,
         pin_memory=torch.cuda.is_available(),
