@@ -21,6 +21,7 @@ from training.cost import (
     measure_cost,
 )
 from training.recipes import METHODS, mae, stylegan2_ada_p
+from training.scaling import Assumptions
 
 
 def test_vit_base_costs_what_arithmetic_says() -> None:
@@ -188,11 +189,11 @@ def test_what_cannot_be_timed_is_told(options: dict[str, Any], message: str) -> 
 
 def test_tables_that_cannot_be_read_or_placed_are_told(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"scale\.py: .*none\.md"):
-        scale.main(scale.Assumptions(), counted=tmp_path / "none.md")
+        scale.main(Assumptions(), counted=tmp_path / "none.md")
     document = tmp_path / "document.md"
     document.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the markers"):
-        scale.main(scale.Assumptions(), counted=Path(scale.__file__).with_name("SCALE.md"), into=document)
+        scale.main(Assumptions(), counted=Path(scale.__file__).with_name("SCALE.md"), into=document)
     assert document.read_text() == "no markers"
 
 
