@@ -126,7 +126,10 @@ def test_a_larger_run_is_not_estimated_without_asking(capsys: pytest.CaptureFixt
 def test_a_dry_run_needs_no_run_folder_and_says_whose_batch_does_not_fit(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain.main(["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--data", str(photos)])
+    on_photos = ["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--data", str(photos)]
+    with pytest.raises(SystemExit, match="--batch-size 128 is more than there are images, 24"):
+        pretrain.main(on_photos)
+    pretrain.main([*on_photos, "--batch-size", "24"])
     assert "24 images an epoch" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"multiple of 32 for 8 process.*--devices says how many processes are meant"):
         pretrain.main(["debug", "--dry-run"])
