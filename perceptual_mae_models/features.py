@@ -125,7 +125,7 @@ class FeatureExtractor:
             device = _own_device(self.model) if isinstance(model, nn.Module) else default_device()
         self.device = find_device(device)
         self.model.to(self.device).eval()
-        self.pool = pool
+        self.pool: Pool = pool
         self.dtype = precision
 
         data_config = resolve_model_data_config(self.model)  # type: ignore[no-untyped-call]
@@ -135,16 +135,17 @@ class FeatureExtractor:
             data_config["input_size"] = (3, *built_for)
         self.input_size: tuple[int, int] = tuple(data_config["input_size"][1:])
         self.transform: Transform = create_transform(**data_config)
-        weights = name_origin(model, checkpoint, pretrained)
-        self.metadata = {
+        self.metadata = self._describe(architecture, name_origin(model, checkpoint, pretrained))
+
+    def _describe(self, architecture: str, weights: str) -> dict[str, str]:
+        cast = self._weights_dtype != torch.float32
+        return {
             "model": architecture,
             "tag": str(self.model.pretrained_cfg.get("tag") or "") if weights == "pretrained" else "",
             "weights": weights,
-            "pool": pool,
+            "pool": self.pool,
             "image_size": "x".join(map(str, self.input_size)),
-            "dtype": precision
-            if self._weights_dtype == torch.float32
-            else str(self._weights_dtype).removeprefix("torch."),
+            "dtype": str(self._weights_dtype).removeprefix("torch.") if cast else self.dtype,
             "perceptual_mae_models": __version__,
         }
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
     if not repository.ours:
         return _fetch_foreign(repository, cfg.hf_hub_filename, cache_dir)
     try:
-        manifest = fetch_manifest(repository, cache_dir)
+        manifest = find_manifest(repository, cache_dir)
     except LocalEntryNotFoundError as error:
         if repository.manifest_sha256:
             raise
@@ -109,13 +110,29 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
             return fetch_file(repository, filename, cache_dir, local=True)
         except LocalEntryNotFoundError:
             raise error from None  # which says why the Hub was not reached
+    path = fetch_file(repository, filename, cache_dir)
+    if manifest:
+        check_file(path, filename, manifest, str(repository))
+    return path
+
+
+def find_manifest(repository: Repository, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
+    """The manifest of a repository of ours, pinned or not; None: it has none, as somebody's own upload by timm.
+
+    Raises:
+        OSError: If a pinned one, or the Hub, cannot be had.
+        IntegrityError: If it is not the pinned one.
+    """
+    if not repository.ours:
+        return None
+    try:
+        return fetch_manifest(repository, cache_dir)
+    except LocalEntryNotFoundError:
+        raise
     except EntryNotFoundError:
         if repository.manifest_sha256:
             raise
-        return fetch_file(repository, filename, cache_dir)  # somebody's own upload, by timm for example
-    path = fetch_file(repository, filename, cache_dir)
-    check_file(path, filename, manifest, str(repository))
-    return path
+        return None
 
 
 def _fetch_foreign(repository: Repository, filename: str | None, cache_dir: str | Path | None) -> Path:
@@ -127,10 +144,8 @@ def _fetch_foreign(repository: Repository, filename: str | None, cache_dir: str 
     except EntryNotFoundError:
         if filename:
             raise
-        try:
+        with suppress(EntryNotFoundError):
             return fetch_file(repository, PICKLED_WEIGHTS, cache_dir)
-        except EntryNotFoundError:
-            pass
         raise  # by the name that is usual
 
 

@@ -45,23 +45,16 @@ def explain_unreadable_weights(cfg: PretrainedCfg) -> Iterator[None]:
     except IntegrityError as error:
         raise CheckpointError(f"The weights of {_model_name(cfg)} are not the published ones: {error}") from error
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(
-            f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
-            f" checkpoint ({type(error).__name__}: {error})."
-        ) from error
+        raise CheckpointError(_describe_broken(cfg, error)) from error
     except (RuntimeError, LookupError, AttributeError, TypeError) as error:
-        if not isinstance(error, CheckpointError) and _read_by(error, "torch.serialization", "timm.models._helpers"):
-            if not isinstance(error.__cause__, pickle.UnpicklingError):
-                raise CheckpointError(
-                    f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
-                    f" checkpoint ({type(error).__name__}: {error})."
-                ) from error
-            # timm's advice would be to run what is in the file
+        if isinstance(error.__cause__, pickle.UnpicklingError):  # timm's advice would be to run what is in the file
             raise CheckpointError(
                 f"{_location(cfg)} is broken, or holds objects besides tensors, which reading would run as code:"
                 " `pmae convert` says what it is"
             ) from error
-        raise
+        if isinstance(error, CheckpointError) or not _read_by(error, "torch.serialization", "timm.models._helpers"):
+            raise
+        raise CheckpointError(_describe_broken(cfg, error)) from error
 
 
 def _read_by(error: BaseException, *modules: str) -> bool:
@@ -82,6 +75,13 @@ def check_head(file: Path) -> None:
         raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     if start and not (start.startswith((b"PK", b"\x80")) or start[8:9] == b"{" or file.suffix == ".safetensors"):
         raise CheckpointError(f"{file} is no checkpoint: it begins with {start[:16]!r}; fetch it again")
+
+
+def _describe_broken(cfg: PretrainedCfg, error: Exception) -> str:
+    return (
+        f"The weights of {_model_name(cfg)} were found at {_location(cfg)}, but the file is broken or no"
+        f" checkpoint ({type(error).__name__}: {error})."
+    )
 
 
 def _describe_unavailable(cfg: PretrainedCfg, error: Exception) -> str:

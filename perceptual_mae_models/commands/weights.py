@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-    from perceptual_mae_models.hub import Repository
-
 
 def download(arguments: argparse.Namespace) -> int:
     """`pmae download`: a tag's files into the Hub's cache or a folder, checked."""
-    from perceptual_mae_models.hub import MANIFEST, WEIGHTS, check_file, fetch_file, find_repository
+    from perceptual_mae_models.hub import MANIFEST, WEIGHTS, check_file, fetch_file, find_manifest, find_repository
     from perceptual_mae_models.unreadable import explain_unreadable_weights
 
     for cfg in map(_pretrained_cfg, arguments.names):
@@ -28,7 +26,7 @@ def download(arguments: argparse.Namespace) -> int:
         repository = find_repository(cfg)
         with explain_unreadable_weights(cfg):
             names = [cfg.hf_hub_filename or WEIGHTS]
-            manifest = _find_manifest(repository)
+            manifest = find_manifest(repository)
             if manifest:
                 names = [MANIFEST, *manifest["files"]]
             paths = {name: fetch_file(repository, name) for name in names}
@@ -40,24 +38,6 @@ def download(arguments: argparse.Namespace) -> int:
         folder = arguments.to and (arguments.to if alone else arguments.to / f"{cfg.architecture}.{cfg.tag}")
         _deliver(paths, folder)
     return 0
-
-
-def _find_manifest(repository: "Repository") -> dict[str, Any] | None:
-    """A repository's manifest; of those of others, and of one's own uploads by timm, there need not be any."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    from perceptual_mae_models.hub import fetch_manifest
-
-    if not repository.ours:
-        return None
-    try:
-        return fetch_manifest(repository)
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        if repository.manifest_sha256:
-            raise
-        return None
 
 
 def _deliver(paths: dict[str, Path], folder: Path | None) -> None:

@@ -67,8 +67,8 @@ def own_run_folder(out: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise RunError(f"{out} belongs to a run that is going on: wait for it, or give another --out") from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSYS:
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
             raise
         print(f"{out}: its file system cannot lock; nothing keeps a second run out of it", file=sys.stderr)
     try:
