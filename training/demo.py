@@ -23,6 +23,7 @@ from training.weights import open_embedded
 
 MODEL = "vit_pico_patch8_pmae"
 QUERIES = ("coffee", "chelsea", "china", "flower", "grass")
+SHOWN = 6  # neighbours of a query: the three other crops of its photograph if all goes well, then what looks like it
 REBUILT = ("china", "chelsea", "coffee", "flower", "astronaut", "rocket")
 
 
@@ -35,21 +36,21 @@ def crops(photograph: Image.Image) -> Iterator[Image.Image]:
 
 
 def similar_crops(extractor: FeatureExtractor, images: dict[str, Image.Image]) -> tuple[Image.Image, int]:
-    """A row for each query crop with the others most like it; and how many of these are of the same photograph."""
+    """A row for each query crop with the others most like it; and how many of the first three are of its photograph."""
     tiles = {f"{name} {number}": crop for name, image in images.items() for number, crop in enumerate(crops(image), 1)}
     features = extractor(list(tiles.values()))
     names = [f"{name} 1" for name in QUERIES]
     rows_of = [list(tiles).index(name) for name in names]
     crops_found = nearest(
-        FeatureBatch(tuple(names), features[rows_of], ()), [FeatureBatch(tuple(tiles), features, ())], k=4
+        FeatureBatch(tuple(names), features[rows_of], ()), [FeatureBatch(tuple(tiles), features, ())], k=SHOWN + 1
     )
-    matches = [[m for m in found if m.name != name][:3] for name, found in zip(names, crops_found, strict=True)]
+    matches = [[m for m in found if m.name != name][:SHOWN] for name, found in zip(names, crops_found, strict=True)]
     rows = [
         GalleryRow(Tile(tiles[name], name), [Tile(tiles[m.name], m.name, m.similarity) for m in found])
         for name, found in zip(names, matches, strict=True)
     ]
     siblings = sum(
-        m.name.split()[0] == name.split()[0] for name, found in zip(names, matches, strict=True) for m in found
+        m.name.split()[0] == name.split()[0] for name, found in zip(names, matches, strict=True) for m in found[:3]
     )
     subtitle = f"{len(tiles)} crops of {len(images)} photographs, cosine similarity of {MODEL} features"
     return neighbour_gallery(rows, "Nearest neighbours", subtitle), siblings
