@@ -16,12 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
 from perceptual_mae_models.convert_facts import compare_facts
 from perceptual_mae_models.convert_sources import Source, describe_source
+from perceptual_mae_models.files import replace_file
 from perceptual_mae_models.weights import (
     ENCODER_PARTS,
     HEAD_PARTS,
@@ -170,13 +171,7 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: Precision) -> dict[str, T
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole or not at all."""
-    partial = path.with_name(f".partial_{path.name}")
-    # Not save_file: its files are readable by their owner only, whatever the umask.
-    try:
-        partial.write_bytes(save(dict(tensors), metadata={"format": "pt", **metadata}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, lambda partial: save_file(dict(tensors), partial, {"format": "pt", **metadata}))
 
 
 @cache

@@ -8,7 +8,6 @@ from pathlib import Path
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, and move it there once it is whole and on the disk.
 
-        replace_file(path, lambda partial: partial.write_text(text))
         replace_file(path, lambda partial: torch.save(state, partial))
 
     Who opens the path finds the file of before or the new one, at whatever moment this process is killed. What a killed
@@ -36,3 +35,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file of text, in UTF-8, as `replace_file` does.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))

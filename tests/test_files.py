@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perceptual_mae_models.files import replace_file
+from perceptual_mae_models.files import replace_file, replace_text
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def old(tmp_path: Path) -> Path:
 def test_a_file_is_made_and_replaced_and_stands_alone(old: Path) -> None:
     new = old.with_name("new.json")
     for path in (old, new):
-        replace_file(path, lambda partial: partial.write_text("new"))
-        assert path.read_text() == "new"
+        replace_text(path, "né")
+        assert path.read_bytes() == "né".encode()
     assert sorted(old.parent.iterdir()) == [new, old]
 
 
@@ -58,7 +58,7 @@ def test_who_is_killed_in_writing_leaves_the_old_file_and_litter_that_the_next_o
     assert litter.name.startswith(".")
     assert litter.suffix != old.suffix
     litter.chmod(0o400)
-    replace_file(old, lambda partial: partial.write_text("new"))
+    replace_text(old, "new")
     assert old.read_text() == "new"
     assert list(old.parent.iterdir()) == [old]
 
@@ -70,7 +70,7 @@ def test_the_permissions_are_those_of_any_new_file(old: Path) -> None:
     tensors = {"weight": torch.arange(3.0)}
     replace_file(old, lambda partial: save_file(tensors, partial))  # which has permissions of its own
     assert torch.equal(load_file(old)["weight"], tensors["weight"])
-    replace_file(old.with_name("b"), lambda partial: partial.write_bytes(b""))
+    replace_text(old.with_name("b"), "")
     assert {stat.S_IMODE(path.stat().st_mode) for path in old.parent.iterdir()} == {0o640}
 
 
@@ -82,10 +82,10 @@ def test_all_bytes_are_on_the_disk_before_the_name_is_taken(old: Path, monkeypat
         flushed.append((facts.st_ino, facts.st_size, old.read_text()))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    replace_file(old, lambda partial: partial.write_text("anew"))
+    replace_text(old, "anew")
     assert flushed == [(old.stat().st_ino, 4, "old")]
 
 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        replace_file(tmp_path / "nowhere" / "file", lambda partial: partial.write_text("new"))
+        replace_text(tmp_path / "nowhere" / "file", "new")

@@ -15,8 +15,10 @@ records figures of `training/evaluate.py`.
 
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 
+from perceptual_mae_models.files import replace_file, replace_text
 from perceptual_mae_models.hub import WEIGHTS, sha256_of
 from training.evaluate.features import fingerprint_weights
 from training.evaluate.models import open_model
@@ -212,13 +215,12 @@ def write_package_files(weights: Weights, to: Path) -> list[Path]:
     targets[to / f"{weights.name}.decoder.safetensors"] = weights.decoder
     files = {}
     for target, source in targets.items():
-        if target != source:
-            target.write_bytes(source.read_bytes())
+        replace_file(target, partial(shutil.copyfile, source))
         with safe_open(target, framework="pt") as opened:
             dtype = str(opened.get_tensor(next(iter(opened.keys()))).dtype).removeprefix("torch.")
         files[target.name] = {"sha256": sha256_of(target), "bytes": target.stat().st_size, "dtype": dtype}
     provenance = to / f"{weights.name}.json"
-    provenance.write_text(as_json({**weights.provenance, "files": files}), encoding="utf-8")
+    replace_text(provenance, as_json({**weights.provenance, "files": files}))
     return [*targets, provenance]
 
 

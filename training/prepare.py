@@ -18,6 +18,8 @@ import math
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -27,6 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from perceptual_mae_models.files import replace_file, replace_text
 from perceptual_mae_models.images import ImageError
 from training.data.images import decode
 from training.data.readers import Reader, open_reader
@@ -152,9 +155,10 @@ class Folders:
             if data:
                 path = self.root / target
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f"{path.name}.partial")
-                partial.write_bytes(data)
-                partial.replace(path)
+                # not by replace_file: until the disk has an image takes longer than to resize it
+                unfinished = path.with_name(f"{path.name}.partial")
+                unfinished.write_bytes(data)
+                unfinished.replace(path)
 
     def written(self) -> set[str]:
         """The targets that are there."""
@@ -163,7 +167,7 @@ class Folders:
 
 
 class Shards:
-    """Tars of equally many images (to one), each written under another name first.
+    """Tars of equally many images (to one).
 
     The images are shuffled over all of them: a stream reads whole shards, and a shard of one class is no sample.
     """
@@ -181,15 +185,7 @@ class Shards:
     def write(self, results: Iterator[Prepared]) -> None:
         """Write shard after shard, the same bytes whenever it is done."""
         for name, indices in self._missing().items():
-            partial = self.root / f"{name}.partial"
-            with tarfile.open(partial, "w") as tar:
-                for _ in indices:
-                    target, data, _ = next(results)
-                    if data:
-                        member = tarfile.TarInfo(target)
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-            partial.replace(self.root / name)
+            replace_file(self.root / name, partial(_write_shard, images=islice(results, len(indices))))
 
     def written(self) -> set[str]:
         """The members of all shards."""
@@ -197,6 +193,15 @@ class Shards:
 
     def _missing(self) -> dict[str, list[int]]:
         return {name: indices for name, indices in self.shards.items() if not (self.root / name).exists()}
+
+
+def _write_shard(path: Path, images: Iterable[Prepared]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for target, data, _ in images:
+            if data:
+                member = tarfile.TarInfo(target)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def claim(dst: Path, settings: dict[str, Any]) -> None:
@@ -217,9 +222,7 @@ def claim(dst: Path, settings: dict[str, Any]) -> None:
 
 def save_manifest(dst: Path, manifest: dict[str, Any]) -> None:
     """Write `prepare.json` whole or not at all."""
-    partial = dst / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
-    partial.replace(dst / MANIFEST)
+    replace_text(dst / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def check_places(src: str, dst: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from perceptual_mae_models.features import FeatureExtractor
+from perceptual_mae_models.files import replace_text
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.classifiers import Classifiers, linear_classifiers
@@ -247,9 +248,7 @@ def keep_earlier(found: dict[str, Any], options: Options) -> None:
 
 def write(found: dict[str, Any], out: Path) -> None:
     """Write results.json and report.html."""
-    partial = out / ".partial_results.json"
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    partial.replace(out / "results.json")
+    replace_text(out / "results.json", json.dumps(found, indent=2) + "\n")
     if found["results"]:
         write_report([(out / "results.json", found)], out / "report.html")
 

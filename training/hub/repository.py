@@ -10,8 +10,10 @@ manifest.json            size and SHA-256 of all the others, which `perceptual_m
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from timm.models import PretrainedCfg
 
 import perceptual_mae_models
+from perceptual_mae_models.files import replace_file
 from perceptual_mae_models.hub import MANIFEST, WEIGHTS, sha256_of
 from training.hub.card import write_card
 
@@ -174,8 +177,7 @@ def write_repository(
         sources = {WEIGHTS: weights.encoder, DECODER: weights.decoder}
         if with_weights:
             for file, source in sources.items():
-                if source != folder / file:
-                    (folder / file).write_bytes(source.read_bytes())
+                replace_file(folder / file, partial(shutil.copyfile, source))
                 written.append(folder / file)
         entries = {path.name: path for path in written} | sources
         (folder / MANIFEST).write_text(as_json(build_manifest(cfg, entries)), encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from perceptual_mae_models.files import replace_text
 from training.evaluate.intervals import Interval
 from training.hub.repository import EMBEDDED, as_json
 from training.hub.results import list_accuracies
@@ -39,7 +40,7 @@ def fill_cards(found: Results, folder: Path = EMBEDDED) -> list[Path]:
             row for name, title in titles.items() for row in list_accuracies(evaluations[name], title, prints)
         ]
         provenance["note"] = describe_choice(found, arm.name)
-        file.write_text(as_json(provenance), encoding="utf-8")
+        replace_text(file, as_json(provenance))
         written.append(file)
     return written
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tyro
 
+from perceptual_mae_models.files import replace_text
 from training.hub_configs import HERE as HUB_CONFIGS
 from training.hub_configs import generate as generate_hub_configs
 from training.miniature.alike import check_alike
@@ -110,9 +111,7 @@ def run_cells(found: Results, place: Place, out: Path, *, only: str, until: floa
     check_alike(found)
     while time.monotonic() < until and (cell := next_cell(found, only)):
         found[cell.name] = run_cell(cell, place)
-        partial = results / f".partial_{cell.name}.json"
-        partial.write_text(json.dumps(found[cell.name], indent=1) + "\n", encoding="utf-8")
-        partial.replace(results / f"{cell.name}.json")
+        replace_text(results / f"{cell.name}.json", json.dumps(found[cell.name], indent=1) + "\n")
         write_report(found, out)
 
 
