@@ -227,7 +227,7 @@ class CocoSource(ImageSource):
     reader: CocoReader
 
     def __init__(self, reader: CocoReader, *, masks: bool) -> None:
-        self.spec, self.reader, self.decoded = reader.where, reader, None
+        super().__init__(reader.where, reader=reader)
         self.dropped = reader.dropped
         without = [entry for entries in reader.annotations for entry in entries if not entry.get("segmentation")]
         if masks and without:

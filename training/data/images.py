@@ -1,6 +1,5 @@
 """Images of a source as batches of uint8 tensors."""
 
-import copy
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from perceptual_mae_models.images import ImageError, open_image
-from training.data.readers import PartReader, open_reader, read_patiently
+from training.data.readers import PartReader, Reader, open_reader, read_patiently
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 from training.run.seeding import derive_seed
 from training.run.signals import ignore_in_workers
@@ -29,6 +28,7 @@ class ImageSource:
 
     Args:
         spec: A folder, a .tar, shards or a Hugging Face data set, see `training/data/readers.py`.
+        reader: The images, where they are open already; `spec` then only names them.
         cache: Keep every decoded image in memory, 4 bytes a pixel; each loader process keeps its own.
         split: Split of a Hugging Face data set.
         column: Its image column, where it has several.
@@ -44,6 +44,7 @@ class ImageSource:
         self,
         spec: str | Path,
         *,
+        reader: Reader | None = None,
         cache: bool = False,
         split: str = "train",
         column: str | None = None,
@@ -51,10 +52,12 @@ class ImageSource:
         flag: str = "--data",
     ) -> None:
         self.spec = str(spec)
-        try:
-            self.reader = open_reader(self.spec, split=split, column=column, label_column=label_column)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"{flag} {error}") from error
+        if reader is None:
+            try:
+                reader = open_reader(self.spec, split=split, column=column, label_column=label_column)
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(f"{flag} {error}") from error
+        self.reader: Reader = reader
         self.decoded: dict[int, Image.Image] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -114,9 +117,7 @@ def keep_some(source: ImageSource, limit: int | None) -> ImageSource:
         labels = torch.tensor(source.labels)
     except ValueError:
         labels = torch.zeros(len(source))
-    part = copy.copy(source)
-    part.reader = PartReader(source.reader, spread(labels, limit).tolist())
-    return part
+    return ImageSource(source.spec, reader=PartReader(source.reader, spread(labels, limit).tolist()))
 
 
 def decode(data: bytes, name: str) -> Image.Image:

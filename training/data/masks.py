@@ -119,7 +119,7 @@ class MaskSource(ImageSource):
         first: int = 0,
         num_classes: int | None = None,
     ) -> None:
-        self.spec, self.reader, self.decoded = spec, images, None
+        super().__init__(spec, reader=images)
         self.masks, self.void, self.first, self.num_classes = masks, void, first, num_classes
 
     @property

@@ -266,11 +266,11 @@ class CorruptedSource(ImageSource):
     """
 
     def __init__(self, source: ImageSource, numbers: Sequence[int], corruption: str, severity: int, seed: int) -> None:
-        self.spec, self.decoded = source.spec, None
+        # names are in the fingerprint of data: no cache takes damaged images for others
+        prefix = f"{corruption}/{severity}/seed {seed}/"
+        super().__init__(source.spec, reader=PartReader(source.reader, numbers, prefix))
         self.source, self.numbers = source, numbers
         self.corruption, self.severity, self.seed = corruption, severity, seed
-        # names are in the fingerprint of data: no cache takes damaged images for others
-        self.reader = PartReader(source.reader, numbers, f"{corruption}/{severity}/seed {seed}/")
 
     def load(self, index: int) -> Image.Image:
         """Decode and damage an image.

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
 
 from perceptual_mae_models.features import FeatureExtractor
 from training.data.images import ImageSource
@@ -66,35 +65,27 @@ class Options:
     """Write the figures there as JSON."""
 
 
-class _Noise(ImageSource):
-    """Images drawn when they are asked for, so that none takes memory before."""
+class _Made(ImageSource):
+    """Images that are in no file: `make` gives each by its number, when it is asked for."""
 
-    def __init__(self, count: int, side: int) -> None:
-        self.spec, self.decoded = "noise", None
-        self.count, self.side = count, side
+    def __init__(self, count: int, make: Callable[[int], Any]) -> None:
+        self.count, self.make = count, make
 
     def __len__(self) -> int:
         return self.count
 
-    def load(self, index: int) -> Image.Image:
-        """Coloured noise, larger than the encoder's input."""
-        pixels = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
-        return Image.fromarray(pixels)
-
-
-class _Ready(ImageSource):
-    """Images that are decoded and transformed already."""
-
-    def __init__(self, views: Tensor) -> None:
-        self.spec, self.decoded = "ready", None
-        self.views = views
-
-    def __len__(self) -> int:
-        return len(self.views)
-
     def load(self, index: int) -> Any:
-        """A (3, H, W) view."""
-        return self.views[index]
+        """What `make` gives."""
+        return self.make(index)
+
+
+def _noise(count: int, side: int) -> _Made:
+    """Coloured noise, none of which takes memory before it is drawn."""
+
+    def draw(index: int) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(index).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+    return _Made(count, draw)
 
 
 def _timed(work: Callable[[], object]) -> dict[str, float]:
@@ -121,11 +112,11 @@ def measure_protocols(options: Options) -> dict[str, dict[str, float]]:
 def measure_extraction(options: Options) -> dict[str, float]:
     """Images a second of `extract` and of the bare model, on the same decoded images."""
     extractor = FeatureExtractor(options.model)
-    source = ImageSource(options.data) if options.data else _Noise(options.images, 2 * max(extractor.input_size))
+    source = ImageSource(options.data) if options.data else _noise(options.images, 2 * max(extractor.input_size))
     numbers = range(min(options.images, len(source)))
     views = torch.cat(list(load_views(source, extractor.transform, cut(numbers, options.batch_size), workers=0)))
     extractor.transform = lambda view: view  # type: ignore[assignment, return-value]
-    ready, batches = _Ready(views), views.split(options.batch_size)
+    ready, batches = _Made(len(views), views.__getitem__), views.split(options.batch_size)
 
     @torch.inference_mode()
     def run_bare() -> None:
@@ -165,7 +156,7 @@ def _peak_mb(options: Options, count: int) -> float:
     torch.set_num_threads(options.threads)
     extractor = FeatureExtractor(options.model)
     before = _resident_mb("VmRSS")
-    extract(extractor, _Noise(count, 2 * max(extractor.input_size)), batch_size=options.batch_size)
+    extract(extractor, _noise(count, 2 * max(extractor.input_size)), batch_size=options.batch_size)
     return _resident_mb("VmHWM") - before
 
 
