@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("serve", help="a page to try the models on, in the browser")
     _add_serve_options(command)
-    command.set_defaults(run=serve)
+    command.set_defaults(run=serve, batch_size=64, workers=0, skip_broken=True)
     return parser
 
 

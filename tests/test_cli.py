@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import timm
 import torch
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,7 +24,7 @@ from perceptual_mae_models import cli
 from perceptual_mae_models.commands import images, models
 from perceptual_mae_models.features import DEFAULT_MODEL, POOLS, PRECISIONS, FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
-from perceptual_mae_models.images import find_images
+from perceptual_mae_models.images import ImageError, find_images
 
 PMAE = Path(sys.executable).parent / "pmae"
 UNREADABLE = "not an image file, or of a kind that Pillow cannot read"
@@ -342,41 +344,55 @@ def test_gallery_shows_the_images() -> None:
         neighbour_gallery([])
 
 
-class Terminal:
-    def __init__(self) -> None:
-        self.text = ""
-
+class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    def write(self, text: str) -> None:
-        self.text += text
+    def screen(self) -> list[str]:
+        """What stands on it in the end: a carriage return goes back to the beginning of the line."""
+        lines = []
+        for line in self.getvalue().split("\n"):
+            shown = ""
+            for part in line.split("\r"):
+                shown = part + shown[len(part) :]
+            lines.append(shown.rstrip())
+        return lines
 
-    def flush(self) -> None:
-        pass
+
+class Broken:
+    """An extractor of two batches with a broken image in the second."""
+
+    def stream(self, *_: object) -> Iterator[FeatureBatch]:
+        names = ("a", "b", "c", "d")
+        yield FeatureBatch(names, torch.zeros(4, 2), ())
+        yield FeatureBatch(names, torch.zeros(4, 2), (ImageError("e\n.jpg", "cut short"),))
 
 
-def test_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    quiet = images.Progress(10)
-    quiet.advance(4)
-    quiet.clear()
-    assert capsys.readouterr().err == ""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    progress = images.Progress(10)
-    progress.advance(4)
-    progress.note("skipped a.jpg")
-    progress.advance(6)
-    progress.clear()
-    assert "4/10 images" in terminal.text
-    assert "\033[Kskipped a.jpg\n" in terminal.text
-    assert "10/10 images" in terminal.text
-    assert terminal.text.endswith("\r\033[K")
-    monkeypatch.setattr(images.time, "perf_counter", lambda: progress.start + 10)
-    long = images.Progress(1_000_000)
-    long.start = progress.start
-    long.advance(70)
-    assert "1 day, 15:40:47 left" in terminal.text
+def test_progress_is_a_line_that_goes_and_only_messages_stay(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = cli._parser().parse_args(["embed", "a", "-o", "f.npz", "--skip-broken"])
+    skipped = "skipped e\ufffd.jpg: cut short"
+
+    def stream() -> list[int]:
+        return [len(batch.names) for batch in images.stream_features(Broken(), [Path("a")] * 9, arguments)]
+
+    def stream_to_terminal() -> Terminal:
+        terminal = Terminal()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            assert stream() == [4, 4]
+        assert terminal.screen() == [skipped, ""]
+        return terminal
+
+    assert stream() == [4, 4]
+    assert capsys.readouterr() == ("", f"{skipped}\n")
+    assert " 4/9 " in stream_to_terminal().getvalue()
+    disable_progress_bars()
+    try:
+        assert stream_to_terminal().getvalue() == f"{skipped}\n"
+    finally:
+        enable_progress_bars()
 
 
 def test_choices_are_those_of_the_extractor() -> None:

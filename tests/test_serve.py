@@ -29,6 +29,7 @@ from perceptual_mae_models.autoencoder import (
     random_masking,
     unpatchify,
 )
+from perceptual_mae_models.commands.serve import _read_folder
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import nearest
 from perceptual_mae_models.images import ImageError, find_images, open_image
@@ -367,6 +368,16 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr("perceptual_mae_models.commands.serve.find_spec", lambda _: None)
     assert cli.main(["serve"]) == 1
     assert "pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+def test_what_is_broken_in_the_folder_is_named_and_left_out(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "broken.jpg").touch()
+    index = _read_folder(cli._parser().parse_args(["serve", "--folder", str(folder), "--device", "cpu"]))
+    assert len(index.names) == 24
+    assert capsys.readouterr().err == f"skipped {folder / 'broken.jpg'}: empty file\n"
 
 
 def test_command(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """`pmae embed` and `pmae similar`: features of the images on a disk."""
 
 import argparse
-import datetime
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ def embed(arguments: argparse.Namespace) -> int:
     extractor = _extractor(arguments)
     start = time.perf_counter()
     with FeatureWriter(arguments.output, extractor.metadata) as writer:
-        for batch in _stream(extractor, files, arguments):
+        for batch in stream_features(extractor, files, arguments):
             writer.write(batch.names, batch.features)
         if not writer.rows:
             raise ValueError(f"none of the {len(files)} images could be read; nothing was written")
@@ -51,12 +50,12 @@ def similar(arguments: argparse.Namespace) -> int:
     files = [file for file in find_images([arguments.folder]) if file.absolute() != arguments.output.absolute()]
     _check_canvas(arguments.output, gallery_size(len(queries), min(arguments.k, len(files))))
     extractor = _extractor(arguments)
-    batches = list(_stream(extractor, queries, arguments))
+    batches = list(stream_features(extractor, queries, arguments))
     names = tuple(name for batch in batches for name in batch.names)
     if not names:
         raise ValueError(f"none of the {len(queries)} queries could be read")
     query_batch = FeatureBatch(names, torch.cat([batch.features for batch in batches]), ())
-    matches = nearest(query_batch, _stream(extractor, files, arguments), arguments.k)
+    matches = nearest(query_batch, stream_features(extractor, files, arguments), arguments.k)
     if not any(matches):
         raise ValueError(f"{arguments.folder} holds no image but the queries")
 
@@ -90,38 +89,6 @@ def _check_canvas(output: Path, size: tuple[int, int]) -> None:
         )
 
 
-class Progress:
-    """A line on stderr that counts images, with their rate and the time left; silent unless stderr is a terminal."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = 0
-        self.start = time.perf_counter()
-        self.visible = sys.stderr.isatty()
-
-    def advance(self, images: int) -> None:
-        """Counts images, and shows the line."""
-        self.done += images
-        if not self.visible:
-            return
-        rate = self.done / (time.perf_counter() - self.start)
-        left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
-        self._show(f"{self.done}/{self.total} images, {rate:.0f} images/s, {left} left")
-
-    def note(self, message: str) -> None:
-        """Prints a message that stays, above the line; also where there is no terminal."""
-        self.clear()
-        print(message, file=sys.stderr)
-
-    def clear(self) -> None:
-        """Removes the line."""
-        if self.visible:
-            self._show("")
-
-    def _show(self, line: str) -> None:
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
 def _extractor(arguments: argparse.Namespace) -> "FeatureExtractor":
     from perceptual_mae_models.features import FeatureExtractor
 
@@ -130,20 +97,21 @@ def _extractor(arguments: argparse.Namespace) -> "FeatureExtractor":
     )
 
 
-def _stream(
+def stream_features(
     extractor: "FeatureExtractor", files: Sequence[Path], arguments: argparse.Namespace
 ) -> Iterator["FeatureBatch"]:
-    """Streams features with a progress line; names broken images, or says how to go on without them."""
+    """Streams features with a progress line on a terminal; names broken images, or says how to go on without them."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
     from perceptual_mae_models.images import ImageError, printable
 
-    progress = Progress(len(files))
+    batches = extractor.stream(files, arguments.batch_size, arguments.workers, arguments.skip_broken)
     try:
-        for batch in extractor.stream(files, arguments.batch_size, arguments.workers, arguments.skip_broken):
-            for broken in batch.broken:
-                progress.note(f"skipped {printable(str(broken))}")
-            progress.advance(len(batch.names) + len(batch.broken))
-            yield batch
+        with tqdm(total=len(files), unit=" images", leave=False, disable=None) as line:  # type: ignore[no-untyped-call]
+            for batch in batches:
+                for broken in batch.broken:
+                    line.write(f"skipped {printable(str(broken))}", file=sys.stderr)
+                line.update(len(batch.names) + len(batch.broken))
+                yield batch
     except ImageError as error:
         raise ImageError(error.name, f"{error.reason} (--skip-broken leaves such images out)") from error
-    finally:
-        progress.clear()

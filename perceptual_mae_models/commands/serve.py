@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from perceptual_mae_models.commands.images import stream_features
 from perceptual_mae_models.serve.hosts import is_loopback
 
 if TYPE_CHECKING:
@@ -35,23 +35,10 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def _read_folder(arguments: argparse.Namespace) -> "NeighbourIndex":
-    from perceptual_mae_models.commands.images import Progress
-    from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
-    from perceptual_mae_models.images import find_images, printable
+    from perceptual_mae_models.features import FeatureExtractor
+    from perceptual_mae_models.images import find_images
     from perceptual_mae_models.serve.neighbours import NeighbourIndex
 
     files = find_images([arguments.folder])
     extractor = FeatureExtractor(arguments.model, device=arguments.device)
-    progress = Progress(len(files))
-
-    def batches() -> Iterator[FeatureBatch]:
-        for batch in extractor.stream(files, skip_broken=True):
-            for broken in batch.broken:
-                progress.note(f"skipped {printable(str(broken))}")
-            progress.advance(len(batch.names) + len(batch.broken))
-            yield batch
-
-    try:
-        return NeighbourIndex(extractor, batches(), arguments.folder)
-    finally:
-        progress.clear()
+    return NeighbourIndex(extractor, stream_features(extractor, files, arguments), arguments.folder)
