@@ -26,6 +26,7 @@ from perceptual_mae_models.files import replace_file
 from perceptual_mae_models.weights import (
     ENCODER_PARTS,
     HEAD_PARTS,
+    PATCH_WEIGHT,
     CheckpointError,
     advise_pooling,
     checkpoint_filter_fn,
@@ -35,8 +36,7 @@ from perceptual_mae_models.weights import (
 
 Precision = Literal["float32", "float16"]
 
-_PATCH_WEIGHT = "patch_embed.proj.weight"
-_BODY_PARTS = ENCODER_PARTS - HEAD_PARTS
+_HEADLESS_PARTS = ENCODER_PARTS - HEAD_PARTS
 _CLASS_PARTS = HEAD_PARTS | {"classifier", "pooler"}
 _TRAINING_PARTS = {
     "optimizer", "optimizers", "optimizer_states", "scheduler", "lr_scheduler", "lr_schedulers", "scaler", "callbacks",
@@ -185,10 +185,10 @@ def _encoder_shapes(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, 
     """Find where encoders stand, by what `checkpoint_filter_fn` takes for one, and their shapes."""
     shapes, elsewhere = {}, []
     for name, weight in tensors.items():
-        if not name.endswith(_PATCH_WEIGHT):
+        if not name.endswith(PATCH_WEIGHT):
             continue
-        place = name.removesuffix(_PATCH_WEIGHT)
-        if split_wrappers(name)[1] != _PATCH_WEIGHT:
+        place = name.removesuffix(PATCH_WEIGHT)
+        if split_wrappers(name)[1] != PATCH_WEIGHT:
             elsewhere.append(place)
             continue
         blocks = {
@@ -279,7 +279,7 @@ def _why_dropped(name: str, place: str) -> str | None:
     """Say what a tensor outside the encoder belongs to; None where that is not clear."""
     wrappers, local = split_wrappers(name)
     first, parts = local.split(".")[0], name.split(".")
-    if first in _BODY_PARTS:
+    if first in _HEADLESS_PARTS:
         return None if name == f"{place}{local}" else "a copy outside the encoder that was taken"
     if not _LOSS_PARTS.isdisjoint(parts):
         return "loss"

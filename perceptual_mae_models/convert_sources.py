@@ -6,7 +6,6 @@ for most tensors: those on the disk, and those that transformers >= 5 has in mem
 """
 
 import argparse
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from perceptual_mae_models.hub import sha256_of
 from perceptual_mae_models.unreadable import check_head
 from perceptual_mae_models.version import __version__
 from perceptual_mae_models.weights import CheckpointError, flatten
@@ -120,9 +120,9 @@ def read_source(file: Path) -> Source:
         untouched = {name: (name,) for name in flat}
         kind = _recognise(tree, flat)
         facts = _read_config(config) if kind == "timm" else _arguments(tree)
-        return Source(file, _digest(file), kind, flat, untouched, "", facts)
+        return Source(file, sha256_of(file), kind, flat, untouched, "", facts)
     tensors, origins = _translate_huggingface(flat, prefix)
-    return Source(file, _digest(file), "huggingface", tensors, origins, prefix, _read_config(config))
+    return Source(file, sha256_of(file), "huggingface", tensors, origins, prefix, _read_config(config))
 
 
 def describe_source(source: Source, architecture: str) -> dict[str, str]:
@@ -222,14 +222,6 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{file}, which describes the checkpoint, is broken: {error}") from error
     return config if isinstance(config, dict) else {}
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _find_huggingface(flat: Mapping[str, Tensor]) -> str | None:

@@ -116,27 +116,43 @@ def fetch_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
     return path
 
 
-def find_manifest(repository: Repository, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
-    """The manifest of a repository of ours, pinned or not; None: it has none, as somebody's own upload by timm.
+def find_manifest(
+    repository: Repository, cache_dir: str | Path | None = None, *, local: bool = False
+) -> dict[str, Any] | None:
+    """Get a repository's manifest from the Hub or its cache; `local`: from the cache only.
+
+    Returns:
+        None: The repository has none, as one that is not ours, or somebody's own upload by timm.
 
     Raises:
-        OSError: If a pinned one, or the Hub, cannot be had.
-        IntegrityError: If it is not the pinned one.
+        OSError: If a pinned one, or the Hub, cannot be had, or the cache has none.
+        IntegrityError: If it is no manifest, or not the one that this version of the package knows.
     """
     if not repository.ours:
         return None
+    known = repository.manifest_sha256
     try:
-        return fetch_manifest(repository, cache_dir)
+        path = fetch_file(repository, MANIFEST, cache_dir, local=local)
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError:
-        if repository.manifest_sha256:
+        if known:
             raise
         return None
+    if known and (found := sha256_of(path)) != known:
+        raise IntegrityError(
+            f"{MANIFEST} of {repository} has the SHA-256 {found}, but this version of perceptual_mae_models knows"
+            f" {known}: the repository or the file {path} was changed. Delete that file and try again; if it stays so,"
+            " do not use the weights."
+        )
+    return read_manifest(path)
 
 
 def _fetch_foreign(repository: Repository, filename: str | None, cache_dir: str | Path | None) -> Path:
-    """A repository's weights by the name that is asked for, or by those that timm knows."""
+    """A repository's weights by the name that is asked for, or by those that timm knows.
+
+    Not by timm, which before 1.0.29 takes a safetensors file that is asked for by its name for a pickle.
+    """
     try:
         return fetch_file(repository, filename or WEIGHTS, cache_dir)
     except LocalEntryNotFoundError:
@@ -171,26 +187,6 @@ def fetch_file(
             f"this version of perceptual_mae_models was made before any upload of {repository.id}, and does not load"
             " what others may have put there; PMAE_HUB_ORG names an organisation to ask"
         ) from None
-
-
-def fetch_manifest(
-    repository: Repository, cache_dir: str | Path | None = None, *, local: bool = False
-) -> dict[str, Any]:
-    """Get the manifest of a repository of ours from the Hub or its cache; `local`: from the cache only.
-
-    Raises:
-        OSError: If it cannot be had.
-        IntegrityError: If it is none, or not the one that this version of the package knows.
-    """
-    path = fetch_file(repository, MANIFEST, cache_dir, local=local)
-    known = repository.manifest_sha256
-    if known and (found := sha256_of(path)) != known:
-        raise IntegrityError(
-            f"{MANIFEST} of {repository} has the SHA-256 {found}, but this version of perceptual_mae_models knows"
-            f" {known}: the repository or the file {path} was changed. Delete that file and try again; if it stays so,"
-            " do not use the weights."
-        )
-    return read_manifest(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

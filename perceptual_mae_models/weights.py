@@ -36,7 +36,7 @@ _TOKEN_PARTS = frozenset({"cls_token", "reg_token", "pos_embed"})
 _BODY_PARTS = frozenset({"patch_embed", "norm_pre", "blocks"})
 ENCODER_PARTS = _BODY_PARTS | _TOKEN_PARTS | HEAD_PARTS | {"norm"}
 
-_PATCH_WEIGHT = "patch_embed.proj.weight"
+PATCH_WEIGHT = "patch_embed.proj.weight"
 # Older timm adapts the first convolution from three channels only, and leaves it random otherwise.
 _TIMM_ADAPTS_ANY_CHANNELS = "base_chans" in inspect.signature(adapt_input_conv).parameters
 
@@ -76,9 +76,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer
     if model.reg_token is not None and "reg_token" not in tensors:
         _logger.warning("The checkpoint has no register tokens: they keep their initial value.")
         encoder.setdefault("reg_token", model.reg_token.detach())
-    kernel_size = wanted[_PATCH_WEIGHT].shape[-2:]
-    if encoder[_PATCH_WEIGHT].shape[-2:] != kernel_size:
-        encoder[_PATCH_WEIGHT] = resample_patch_embed(encoder[_PATCH_WEIGHT].float(), list(kernel_size))
+    kernel_size = wanted[PATCH_WEIGHT].shape[-2:]
+    if encoder[PATCH_WEIGHT].shape[-2:] != kernel_size:
+        encoder[PATCH_WEIGHT] = resample_patch_embed(encoder[PATCH_WEIGHT].float(), list(kernel_size))
     _load_fitting_head(encoder, model, wanted)
     return encoder
 
@@ -151,7 +151,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wante
         if not tensors[name].isfinite().all():
             raise CheckpointError(f"{name} holds values that are not finite: the checkpoint is damaged")
         found = tensors[name].shape
-        if name == _PATCH_WEIGHT:  # kernel and channels can be adapted
+        if name == PATCH_WEIGHT:  # kernel and channels can be adapted
             fits = len(found) == 4 and found[0] == target.shape[0]
         elif name == "pos_embed":  # the number of tokens can be adapted
             fits = len(found) == 3 and found[0] == 1 and found[2] == target.shape[2]
@@ -162,11 +162,11 @@ def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wante
     if problems:
         raise CheckpointError(f"The checkpoint is of another model, its shapes differ: {shorten(problems, '; ')}.")
 
-    channels, model_channels = tensors[_PATCH_WEIGHT].shape[1], wanted[_PATCH_WEIGHT].shape[1]
+    channels, model_channels = tensors[PATCH_WEIGHT].shape[1], wanted[PATCH_WEIGHT].shape[1]
     declared = getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0]
     if channels not in (declared, model_channels) or (channels != 3 and not _TIMM_ADAPTS_ANY_CHANNELS):
         raise CheckpointError(
-            f"{_PATCH_WEIGHT} takes {channels} channels, the pretrained cfg declares {declared} and the model"
+            f"{PATCH_WEIGHT} takes {channels} channels, the pretrained cfg declares {declared} and the model"
             f" takes {model_channels}. Declare the checkpoint's own with pretrained_cfg_overlay=dict(file=…,"
             f" input_size=({channels}, height, width)) on a recent timm, or load an unwrapped checkpoint that needs no"
             " adapting with checkpoint_path=…"
@@ -211,7 +211,7 @@ def _position_layout(tensors: Mapping[str, Tensor], model: VisionTransformer) ->
     length = tensors["pos_embed"].shape[1]
     num_tokens = sum(tensors[name].shape[1] for name in ("cls_token", "reg_token") if name in tensors)
     height, width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
-    patch_height, patch_width = tensors[_PATCH_WEIGHT].shape[-2:]
+    patch_height, patch_width = tensors[PATCH_WEIGHT].shape[-2:]
     declared, own = (height // patch_height, width // patch_width), tuple(model.patch_embed.grid_size)
     for rows, columns in (declared, own):
         for num_prefix in (num_tokens, 0):

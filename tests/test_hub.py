@@ -403,3 +403,6 @@ def test_what_cannot_be_downloaded_or_verified_is_told(
     assert status == 1
     assert f"{tmp_path} holds no manifest.json" in err
     assert run(capsys, "download", "vit_no_such_model")[0] == 1
+    status, _, err = run(capsys, "verify", "vit_base_patch16_pmae.fb_mae_in1k")
+    assert status == 1
+    assert "timm/vit_base_patch16_224.mae is not a repository of ours and has no manifest to verify against" in err

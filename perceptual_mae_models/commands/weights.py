@@ -84,13 +84,13 @@ def _list_manifests(folder: Path) -> list[Path]:
 
 def _find_cached(target: str, cfg: "PretrainedCfg") -> tuple[dict[str, Any], Path, str]:
     """The manifest of a tag in the Hub's cache, the folder of its files, and the repository."""
-    from perceptual_mae_models.hub import MANIFEST, fetch_file, fetch_manifest, find_repository
+    from perceptual_mae_models.hub import MANIFEST, fetch_file, find_manifest, find_repository
 
     repository = find_repository(cfg)
-    if not repository.ours:
-        raise ValueError(f"{repository} is not a repository of ours and has no manifest to verify against")
     try:
-        manifest = fetch_manifest(repository, local=True)
+        manifest = find_manifest(repository, local=True)
+        if manifest is None:
+            raise ValueError(f"{repository} is not a repository of ours and has no manifest to verify against")
         for name in manifest["files"]:
             fetch_file(repository, name, local=True)
         return manifest, fetch_file(repository, MANIFEST, local=True).parent, str(repository)
