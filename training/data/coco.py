@@ -29,7 +29,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from training.data.images import ImageSource
-from training.data.readers import refuse
+from training.data.readers import refuse_folder
 from training.data.tars import read_index
 
 Json = dict[str, Any]
@@ -43,8 +43,6 @@ class _Files(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def size(self, name: str) -> int: ...
-
     def read(self, name: str) -> bytes: ...
 
 
@@ -53,11 +51,8 @@ class _Folder:
         self.root = root
 
     def names(self) -> list[str]:
-        walk = os.walk(self.root, onerror=refuse, followlinks=True)
+        walk = os.walk(self.root, onerror=refuse_folder, followlinks=True)
         return [Path(folder, file).relative_to(self.root).as_posix() for folder, _, files in walk for file in files]
-
-    def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -70,9 +65,6 @@ class _Tar:
 
     def names(self) -> list[str]:
         return list(self.members)
-
-    def size(self, name: str) -> int:
-        return self.members[name][1]
 
     def read(self, name: str) -> bytes:
         offset, size = self.members[name]

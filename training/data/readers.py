@@ -83,14 +83,14 @@ class FolderReader:
         return (self.root / self.names[index]).read_bytes()
 
 
-def refuse(error: OSError) -> None:
-    """Of a folder that cannot be read: without its images, the data would be others without a word."""
+def refuse_folder(error: OSError) -> None:
+    """End a walk at a folder that cannot be read: one left out silently would change the data set."""
     raise error
 
 
 def _walk(root: Path) -> Iterator[str]:
     """Paths below a folder of its images. A link to a folder above it would be followed for ever, and is refused."""
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
         for link in (Path(folder, name) for name in subfolders):
             if link.is_symlink() and link.resolve() in (here := Path(folder).resolve(), *here.parents):
                 raise ValueError(f"{link} leads back to a folder that it lies in: take the link away")
@@ -104,7 +104,7 @@ class PartReader:
 
     Args:
         reader: The other one.
-        numbers: Of its images, in the order in which they are wanted.
+        numbers: Which of its images, in the order in which they are wanted.
         prefix: Put before their names, where something is done to them: names are in the fingerprint of data.
     """
 
@@ -141,20 +141,17 @@ def read_patiently(reader: Reader, index: int) -> bytes:
         OSError: If the file cannot be read.
         StorageError: If the storage failed every time.
     """
-    for pause in RETRY_AFTER:
+    pauses = iter(RETRY_AFTER)
+    while True:
         try:
             return reader.read(index)
         except OSError as error:
             if error.errno not in OF_STORAGE:
                 raise
+            if (pause := next(pauses, None)) is None:
+                told = f"{error}, {1 + len(RETRY_AFTER)} times; --resume auto goes on with a run"
+                raise StorageError(f"{reader.name(index)}: {told}") from error
         time.sleep(pause)
-    try:
-        return reader.read(index)
-    except OSError as error:
-        if error.errno not in OF_STORAGE:
-            raise
-        tries = 1 + len(RETRY_AFTER)
-        raise StorageError(f"{reader.name(index)}: {error}, {tries} times; --resume auto goes on with a run") from error
 
 
 def open_reader(
