@@ -11,7 +11,7 @@ from PIL import Image
 
 from perceptual_mae_models.images import ImageError
 from training.data import images, readers
-from training.data.images import ImageSource, RandomView, RandomViews, create_loader
+from training.data.images import ImageSource, RandomView, RandomViews, create_loader, evenly, evenly_by_class
 from training.data.readers import StorageError
 from training.data.sampler import DeterministicBatchSampler, ImageKey
 
@@ -39,6 +39,20 @@ def test_shares_joined_in_rank_order_are_the_single_process_batch() -> None:
 
 def test_another_seed_is_another_order() -> None:
     assert sampled(range(3)) != sampled(range(3), seed=1)
+
+
+@pytest.mark.parametrize(("total", "count"), [(10, 4), (7, 7), (3, 8), (24, 20), (1000, 1)])
+def test_some_are_evenly_spaced(total: int, count: int) -> None:
+    numbers = evenly(total, count)
+    assert len(numbers) == min(total, count)
+    assert numbers[0] == 0
+    steps = [later - earlier for earlier, later in zip(numbers, [*numbers[1:], total], strict=True)]
+    assert max(steps) - min(steps) <= 1
+    labels = torch.arange(total) % 3
+    kept = evenly_by_class(labels, count)
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    in_order = sorted(range(total), key=lambda index: (index % 3, index))
+    assert set(kept.tolist()) == {in_order[number] for number in numbers}
 
 
 def test_unequal_shares_are_refused() -> None:

@@ -96,17 +96,23 @@ class ImageSource:
         return image
 
 
-def spread(labels: Tensor, limit: int) -> Tensor:
+def evenly(total: int, count: int) -> list[int]:
+    """At most `count` of the numbers below `total`, ascending and evenly spaced from 0 on; all if there are fewer."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
+def evenly_by_class(labels: Tensor, limit: int) -> Tensor:
     """Numbers of at most `limit` images, ascending: evenly spaced in the order of their classes.
 
     Args:
         labels: (N,) int64.
         limit: At least 1.
     """
-    if len(labels) <= limit:
-        return torch.arange(len(labels))
-    places = torch.arange(limit) * len(labels) // limit
-    return labels.argsort(stable=True)[places].sort().values
+    return labels.argsort(stable=True)[evenly(len(labels), limit)].sort().values
+
+
+spread = evenly_by_class
 
 
 def keep_some(source: ImageSource, limit: int | None) -> ImageSource:
@@ -117,7 +123,7 @@ def keep_some(source: ImageSource, limit: int | None) -> ImageSource:
         labels = torch.tensor(source.labels)
     except ValueError:
         labels = torch.zeros(len(source))
-    return ImageSource(source.spec, reader=PartReader(source.reader, spread(labels, limit).tolist()))
+    return ImageSource(source.spec, reader=PartReader(source.reader, evenly_by_class(labels, limit).tolist()))
 
 
 def decode(data: bytes, name: str) -> Image.Image:

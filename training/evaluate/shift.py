@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.data.images import ImageSource
+from training.data.images import ImageSource, evenly
 from training.evaluate.classifiers import Classifiers
 from training.evaluate.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSource, draw_examples
 from training.evaluate.features import fingerprint_data
@@ -247,8 +247,8 @@ def _judge_corrupted(
     place: Place,
     seed: int,
 ) -> Iterator[tuple[str, Row]]:
-    count = settings.images or len(test)
-    numbers = [index * len(test) // count for index in range(count)]
+    numbers = evenly(len(test), settings.images or len(test))
+    count = len(numbers)
     labels, clean = labels[numbers], {key: right[numbers] for key, right in clean.items()}
     if count < len(test):
         yield from _rows("clean subset", clean, classifiers, 0.0, {"images": count})
