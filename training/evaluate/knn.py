@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TEMPERATURE = 0.07
+"""DINO's."""
+
 
 @torch.no_grad()
 def knn_predict(
@@ -14,7 +17,7 @@ def knn_predict(
     queries: Tensor,
     ks: Sequence[int],
     *,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     leave_one_out: bool = False,
     chunk: int | None = None,
 ) -> dict[int, Tensor]:
@@ -25,7 +28,7 @@ def knn_predict(
         bank_labels: (M,) int64.
         queries: (N, D).
         ks: Numbers of voters to try, each at most M, or M - 1 with `leave_one_out`.
-        temperature: DINO's is 0.07.
+        temperature: Lower ones give the nearest neighbours more weight.
         leave_one_out: The queries are the bank, in its order, and none votes for itself.
         chunk: Queries compared at a time; memory is chunk * M floats, a quarter of a gigabyte by default.
 

@@ -16,10 +16,9 @@ from training.data.images import ImageSource, spread
 from training.data.readers import FolderReader
 from training.evaluate.duplicates import find_duplicates
 from training.evaluate.features import cut, fingerprint_data, load_views
-from training.evaluate.knn import knn_predict
+from training.evaluate.knn import TEMPERATURE, knn_predict
 
 NEIGHBOURS = 20
-TEMPERATURE = 0.07
 IMAGES_KEPT = 20_000
 """Of the held-out images, and of the bank: at 224 pixels a side, 3 GB each."""
 BATCH_SIZE = 128

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from training.evaluate.features import Features
 from training.evaluate.few_shot import few_shot
 from training.evaluate.intervals import mean_interval, pack_bits, share_interval
-from training.evaluate.knn import knn_predict
+from training.evaluate.knn import TEMPERATURE, knn_predict
 from training.evaluate.linear import linear_probe
 from training.evaluate.rows import Row
 
@@ -48,7 +48,7 @@ def run_knn(train: Features, test: Features, settings: Settings, device: str = "
             metric="accuracy",
             value=accuracy,
             seconds=seconds,
-            detail={"temperature": 0.07},
+            detail={"temperature": TEMPERATURE},
         )
 
 
