@@ -251,9 +251,10 @@ class MaskedAutoencoder(nn.Module):
         """The patches that `pred` is compared with: standardised pixels, (N, L, p*p*3)."""
         return patchify(self.standardise(images), self.patch_size)
 
-    def to_images(self, patches: Tensor) -> Tensor:
-        """Standardised patches (N, L, p*p*3) to images (N, 3, H, W) in [0, 1], clipped."""
-        return self.unstandardise(unpatchify(patches, self.patch_size, self.grid_size)).clamp(0, 1)
+    def take_contrast(self, preds: tuple[Tensor, ...], images: Tensor) -> tuple[Tensor, ...]:
+        """Predictions of normalised patches, with the brightness and contrast of the patches of the images."""
+        _, mean, std = normalise_patches(self.target(images))
+        return (preds[0].float() * std + mean, *preds[1:])
 
 
 def init_mae_weights(autoencoder: MaskedAutoencoder) -> None:

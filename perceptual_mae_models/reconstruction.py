@@ -30,7 +30,6 @@ from perceptual_mae_models.autoencoder import (
     Masking,
     build_autoencoder,
     hidden_pixels,
-    normalise_patches,
 )
 from perceptual_mae_models.images import open_image
 from perceptual_mae_models.weights import CheckpointError
@@ -131,8 +130,10 @@ def middle(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 class Views(NamedTuple):
-    """Pictures of one pass of an autoencoder, (N, 3, H, W) in [0, 1]."""
+    """Pictures of one pass of an autoencoder: (N, 3, H, W) in [0, 1], unless said otherwise."""
 
+    hidden: Tensor
+    """(N, 1, H, W) bool: which pixels the encoder did not see."""
     masked: Tensor
     """What the encoder sees: hidden patches in the mean colour that networks take for nothing."""
     rebuilt: Tensor
@@ -163,15 +164,14 @@ def rebuild(network: MaskedAutoencoder, images: Tensor, masking: Masking, *, nor
     """
     latent, skips = network.encode(images, masking.ids_keep)
     preds = network.decode(latent, skips, masking.ids_restore)
-    pred, target = preds[0].float(), network.target(images)
     if norm_pix_loss:
-        _, mean, std = normalise_patches(target)
-        pred = pred * std + mean
+        preds = network.take_contrast(preds, images)
     hidden = hidden_pixels(masking.mask, network.patch_size, network.grid_size)
-    rebuilt = network.to_images(pred)
+    rebuilt, *coarse = (image.clamp(0, 1) for image in network.images(preds))
     return Views(
+        hidden=hidden,
         masked=torch.where(hidden, network.mean, images),  # 0 in the standardised space is ImageNet's mean colour
         rebuilt=rebuilt,
         pasted=torch.where(hidden, rebuilt, images),
-        coarse=tuple(image.clamp(0, 1) for image in network.images(preds)[1:]),
+        coarse=tuple(coarse),
     )

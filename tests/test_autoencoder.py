@@ -19,7 +19,7 @@ from perceptual_mae_models.autoencoder import (
     unpatchify,
 )
 from perceptual_mae_models.features import FeatureExtractor
-from training.grids import reconstruct
+from perceptual_mae_models.reconstruction import rebuild
 from training.losses.pixel import patch_error
 from training.recipes import Recipe
 from training.step import reconstruction_loss
@@ -213,15 +213,15 @@ def test_hidden_pixels_do_not_reach_the_encoder() -> None:
 def test_pictures_show_what_they_say(norm_pix_loss: bool) -> None:
     network = small_autoencoder().eval()
     images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
-    recipe = Recipe(method="mae", norm_pix_loss=norm_pix_loss)
-    views = reconstruct(network, images, noise, recipe)
+    views = rebuild(network, images, random_masking(noise, 0.75), norm_pix_loss=norm_pix_loss)
     hidden = random_masking(noise, 0.75).mask.unsqueeze(-1).expand(-1, -1, 192).contiguous()
     hidden_pixels = unpatchify(hidden, 8, (4, 4)).bool()
-    for name in ("masked", "pasted"):
-        torch.testing.assert_close(views[name][~hidden_pixels], images[~hidden_pixels], atol=1e-5, rtol=0)
-    torch.testing.assert_close(views["pasted"][hidden_pixels], views["rebuilt"][hidden_pixels])
+    assert torch.equal(views.hidden.expand_as(images), hidden_pixels)
+    for picture in (views.masked, views.pasted):
+        torch.testing.assert_close(picture[~hidden_pixels], images[~hidden_pixels], atol=1e-5, rtol=0)
+    torch.testing.assert_close(views.pasted[hidden_pixels], views.rebuilt[hidden_pixels])
     grey = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand_as(images)
-    torch.testing.assert_close(views["masked"][hidden_pixels], grey[hidden_pixels])
+    torch.testing.assert_close(views.masked[hidden_pixels], grey[hidden_pixels])
 
 
 def test_pretraining_normalises_as_the_published_transform() -> None:

@@ -27,12 +27,12 @@ from training.evaluate import features as cached
 from training.evaluate.command import evaluate, main
 from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
 from training.evaluate.few_shot import draw_shots, few_shot
-from training.evaluate.intervals import mean_interval, sample_interval, share_interval
-from training.evaluate.linear import Standardise, choose, judge, linear_probe, train_probe
+from training.evaluate.intervals import mean_interval, sample_interval, share_interval, unpack_bits
+from training.evaluate.linear import Standardise, choose, fit_probe, judge, train_probe
 from training.evaluate.models import open_autoencoder, open_model
 from training.evaluate.options import Options
-from training.evaluate.protocols import Settings
-from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction, rebuild
+from training.evaluate.protocols import Settings, run_linear
+from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction, rebuild_all
 from training.evaluate.split import check_pair, hold_back, name_groups
 from training.losses.structural import ms_ssim_each
 
@@ -214,12 +214,12 @@ def test_pairs_that_say_nothing_are_refused() -> None:
 
 def test_the_linear_probe_finds_scikit_learns_optimum() -> None:
     train, test = clouds(2000), clouds(8000, seed=1)
-    result = linear_probe(train, test, seed=0)
+    right = judge(fit_probe(train, seed=0).probe, test)[0][0]
     standardise = Standardise.of(train.rows)
     oracle = LogisticRegression(C=1e6, max_iter=5000).fit(standardise(train.rows).numpy(), train.labels.numpy())
     expected = oracle.score(standardise(test.rows).numpy(), test.labels.numpy())
     assert 0.6 < expected < 0.97, "a problem that is neither trivial nor hopeless"
-    assert result.correct.double().mean().item() == pytest.approx(expected, abs=0.003)
+    assert right.double().mean().item() == pytest.approx(expected, abs=0.003)
 
 
 def test_heads_side_by_side_are_those_trained_alone() -> None:
@@ -239,7 +239,7 @@ def test_a_diverged_head_is_never_chosen() -> None:
     assert accuracies[0] == 0
     assert losses[0].isinf().all()
     assert accuracies[1] > 0.5
-    assert linear_probe(features, features, rates=(3e38, 0.1), epochs=3).learning_rate == 0.1
+    assert fit_probe(features, rates=(3e38, 0.1), epochs=3).learning_rate == 0.1
 
 
 def test_the_rate_is_chosen_by_loss_where_accuracies_cannot_tell() -> None:
@@ -254,10 +254,12 @@ def test_the_test_split_decides_nothing() -> None:
     """With shuffled test labels the rate, the head and so the predictions stay the same."""
     train, test = clouds(400), clouds(400, seed=1)
     wrong = Features(test.rows, (test.labels + 1) % 4, test.classes)
-    right_result, wrong_result = (linear_probe(train, it, epochs=10) for it in (test, wrong))
-    assert right_result.learning_rate == wrong_result.learning_rate
-    assert right_result.held_back_accuracy == wrong_result.held_back_accuracy
-    assert not (right_result.correct & wrong_result.correct).any()
+    rows = [row for labels in (test, wrong) for row in run_linear(train, labels, Settings(epochs=10))]
+    assert rows[0].setting == rows[1].setting, "the rate"
+    assert rows[0].detail["held_back_accuracy"] == rows[1].detail["held_back_accuracy"]
+    right, wrongly = (unpack_bits(str(row.detail["right"]), 400) for row in rows)
+    assert right.any()
+    assert not (right & wrongly).any()
 
 
 # --- few labels ------------------------------------------------------------------------------------------------------
@@ -475,11 +477,11 @@ def test_the_embedded_autoencoder_rebuilds_and_its_masks_are_the_seeds(photos: P
         assert not torch.equal(other[key], values)
     grey = torch.cat([(middle(source.load(i), (64, 64)) - 0.5).abs().mean().view(1) for i in range(24)])
     assert found["hidden", "l1"].mean() < 0.5 * grey.mean()
-    (batch,) = rebuild(network, recipe, source)
-    predicted = (batch.rebuilt - batch.original).abs().mean(dim=(1, 2, 3))  # visible patches, too, as predicted
+    ((images, views),) = rebuild_all(network, recipe, source)
+    predicted = (views.rebuilt - images).abs().mean(dim=(1, 2, 3))  # visible patches, too, as predicted
     torch.testing.assert_close(found["image", "l1"], predicted, atol=1e-4, rtol=1e-4)
-    for place, made in (("hidden", batch.pasted), ("image", batch.rebuilt)):
-        expected = ms_ssim_each(made, batch.original)
+    for place, made in (("hidden", views.pasted), ("image", views.rebuilt)):
+        expected = ms_ssim_each(made, images)
         torch.testing.assert_close(found[place, "ms_ssim"], expected, atol=1e-4, rtol=1e-4)
 
 

@@ -12,11 +12,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from perceptual_mae_models.reconstruction import middle
+from perceptual_mae_models.autoencoder import random_masking
+from perceptual_mae_models.reconstruction import middle, rebuild
 from perceptual_mae_models.serve.samples import photographs
 from training.data.images import ImageSource
 from training.demo import REBUILT
-from training.grids import labelled_rows, reconstruct
+from training.grids import labelled_rows
 from training.run.seeding import generator
 from training.weights import open_run
 
@@ -71,9 +72,12 @@ def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: 
         images = [found[name] for name in REBUILT[:count]]
     batch = torch.stack([middle(image, (height, width)) for image in images])  # (N, 3, H, W)
     noise = torch.rand(len(batch), num_patches, generator=generator(seed, "compare"))
-    views = [reconstruct(network.eval(), batch, noise, recipe) for network, recipe in networks]
-    rows: dict[str, Tensor] = {"original": views[0]["original"], f"{mask_ratio:.0%} hidden": views[0]["masked"]}
-    rows |= {str(folder): view["pasted"] for folder, view in zip(runs, views, strict=True)}
+    masking = random_masking(noise, mask_ratio)
+    views = [
+        rebuild(network.eval(), batch, masking, norm_pix_loss=recipe.norm_pix_loss) for network, recipe in networks
+    ]
+    rows: dict[str, Tensor] = {"original": batch, f"{mask_ratio:.0%} hidden": views[0].masked}
+    rows |= {str(folder): view.pasted for folder, view in zip(runs, views, strict=True)}
     if len({folder.parent for folder in runs}) == 1:
         rows = {Path(label).name: images for label, images in rows.items()}
     note = f"{height} x {width} pixels; visible patches as they are"

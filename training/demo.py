@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from perceptual_mae_models.autoencoder import random_masking
 from perceptual_mae_models.features import FeatureBatch, FeatureExtractor
 from perceptual_mae_models.gallery import GalleryRow, Tile, nearest, neighbour_gallery
-from perceptual_mae_models.reconstruction import middle
+from perceptual_mae_models.reconstruction import middle, rebuild
 from perceptual_mae_models.serve.samples import photographs
-from training.grids import labelled_rows, reconstruct
+from training.grids import labelled_rows
 from training.run.seeding import generator
 from training.weights import open_embedded
 
@@ -56,17 +57,14 @@ def similar_crops(extractor: FeatureExtractor, images: dict[str, Image.Image]) -
     return neighbour_gallery(rows, "Nearest neighbours", subtitle), siblings
 
 
-def rebuilt(images: dict[str, Image.Image]) -> Image.Image:
+def rebuilt_photographs(images: dict[str, Image.Image]) -> Image.Image:
     """Photographs, what the encoder saw of them, and what the decoder made of that."""
     network, recipe = open_embedded(MODEL)
     batch = torch.stack([middle(images[name], network.image_size) for name in REBUILT])  # (N, 3, H, W)
     noise = torch.rand(len(batch), network.num_patches, generator=generator(0, "demo"))
-    views = reconstruct(network.eval(), batch, noise, recipe)
-    rows = {
-        "original": views["original"],
-        f"{recipe.mask_ratio:.0%} hidden": views["masked"],
-        "rebuilt": views["pasted"],
-    }
+    masking = random_masking(noise, recipe.mask_ratio)
+    views = rebuild(network, batch, masking, norm_pix_loss=recipe.norm_pix_loss)
+    rows = {"original": batch, f"{recipe.mask_ratio:.0%} hidden": views.masked, "rebuilt": views.pasted}
     height, width = network.image_size
     note = (
         f"{height} x {width} pixels; each hidden patch takes brightness and contrast from the original (norm_pix_loss)"
@@ -82,7 +80,7 @@ def main() -> None:
     started = time.monotonic()
     images = photographs()
     neighbours, siblings = similar_crops(FeatureExtractor(MODEL), images)
-    reconstructions = rebuilt(images)
+    reconstructions = rebuilt_photographs(images)
     picture = Image.new(
         "RGB",
         (max(neighbours.width, reconstructions.width), neighbours.height + reconstructions.height),

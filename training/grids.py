@@ -16,31 +16,6 @@ from training.recipes import Recipe
 from training.run.seeding import generator
 
 
-def reconstruct(network: MaskedAutoencoder, images: Tensor, noise: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Pictures of what the network does, see `perceptual_mae_models.reconstruction.rebuild`, under a random mask.
-
-    Args:
-        network: The autoencoder.
-        images: (N, 3, H, W) in [0, 1].
-        noise: (N, L), decides the masks.
-        recipe: Tells the space of the prediction.
-
-    Returns:
-        (N, 3, H, W) images in [0, 1]: `original`, `masked` (hidden patches grey), `rebuilt` (every patch predicted),
-        `pasted` (visible patches as they are, hidden ones predicted) and, from a multi-scale decoder, `<h>x<w>` for
-        every coarser scale, enlarged to full size.
-    """
-    masking = random_masking(noise, network.mask_ratio)
-    views = rebuild(network, images, masking, norm_pix_loss=recipe.norm_pix_loss)
-    return {
-        "original": images,
-        "masked": views.masked,
-        "rebuilt": views.rebuilt,
-        "pasted": views.pasted,
-        **{f"{x.shape[2]}x{x.shape[3]}": interpolate(x, images.shape[2:], mode="nearest-exact") for x in views.coarse},
-    }
-
-
 def labelled_rows(
     rows: Mapping[str, Tensor], title: str, note: str, *, scale: int = 3, gap: int = 14, margin: int = 36
 ) -> Image.Image:
@@ -86,12 +61,14 @@ class FixedGrid:
         self.recipe = recipe
 
     def save(self, network: MaskedAutoencoder, path: Path) -> None:
-        """Write a PNG, a row for each kind of picture that `reconstruct` makes, in its order."""
-        device = network.mean.device
-        training = network.training
-        network.eval()
-        views = reconstruct(network, self.images.to(device), self.noise.to(device), self.recipe)
+        """Write a PNG, a row of each: images, what the encoder sees, every patch predicted, hidden ones predicted.
+
+        Of a multi-scale decoder there follow its coarser scales, enlarged.
+        """
+        device, training = network.mean.device, network.training
+        images, masking = self.images.to(device), random_masking(self.noise.to(device), network.mask_ratio)
+        views = rebuild(network.eval(), images, masking, norm_pix_loss=self.recipe.norm_pix_loss)
         network.train(training)
-        save_image(
-            make_grid(torch.cat(list(views.values())).cpu(), nrow=len(self.images), padding=2, pad_value=1.0), path
-        )
+        coarse = [interpolate(image, images.shape[2:], mode="nearest-exact") for image in views.coarse]
+        rows = torch.cat([images, views.masked, views.rebuilt, views.pasted, *coarse])
+        save_image(make_grid(rows.cpu(), nrow=len(images), padding=2, pad_value=1.0), path)

@@ -168,10 +168,7 @@ def shown_images(
     output: Reconstruction, scene: Scene, network: MaskedAutoencoder, recipe: AdversarialRecipe
 ) -> Pyramid:
     """What the discriminator and phi see of a prediction, at every scale of the decoder."""
-    preds = output.preds
-    if recipe.norm_pix_loss:  # of one scale
-        _, mean, std = normalise_patches(network.target(scene.images))
-        preds = (output.pred.float() * std + mean,)
+    preds = network.take_contrast(output.preds, scene.images) if recipe.norm_pix_loss else output.preds
     fake = network.images(preds)
     if recipe.paste_visible:
         hidden = [hidden_pixels(output.mask, side, network.grid_size) for side in network.decoder.factors]

@@ -25,12 +25,13 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from perceptual_mae_models.reconstruction import Views
 from training.data.images import ImageSource
 from training.evaluate.feature_networks import FeatureNetwork, check_installed, open_inception, open_network
 from training.evaluate.features import fingerprint_data, fingerprint_weights
 from training.evaluate.intervals import Interval, sample_interval
 from training.evaluate.models import open_autoencoder
-from training.evaluate.reconstruction import Rebuilt, draw_reconstructions, measure_reconstruction, spread
+from training.evaluate.reconstruction import draw_reconstructions, measure_reconstruction, spread
 from training.evaluate.rows import Place, Row
 from training.evaluate.trainer import run_name
 from training.run.seeding import derive_seed
@@ -147,9 +148,9 @@ class Responses:
                 kept.setdefault(name, []).append(values.float().cpu())
         self.seconds += time.monotonic() - started
 
-    def watch(self, batch: Rebuilt) -> None:
+    def watch(self, images: Tensor, views: Views) -> None:
         """Look at originals and reconstructions."""
-        self.add({"original": batch.original, "hidden": batch.pasted, "image": batch.rebuilt})
+        self.add({"original": images, "hidden": views.pasted, "image": views.rebuilt})
 
     def rows(self, *, seed: int = 0) -> list[Row]:
         """Distances of every other set from `original`, and the score of each.

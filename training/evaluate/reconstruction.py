@@ -6,18 +6,17 @@ patch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from perceptual_mae_models.autoencoder import MaskedAutoencoder, hidden_pixels, random_masking
-from perceptual_mae_models.reconstruction import middle
+from perceptual_mae_models.autoencoder import MaskedAutoencoder, random_masking
+from perceptual_mae_models.reconstruction import Views, middle, rebuild
 from training.data.images import ImageSource
 from training.evaluate.features import cut, load_views
-from training.grids import labelled_rows, reconstruct
+from training.grids import labelled_rows
 from training.losses.structural import WINDOW, ms_ssim_each, ssim_map
 from training.recipes import Recipe
 from training.run.seeding import generator
@@ -27,22 +26,7 @@ SHOWN = 8
 """Images in a picture."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rebuilt:
-    """A batch of images and what the network makes of them: (N, 3, H, W) in [0, 1] each."""
-
-    original: Tensor
-    masked: Tensor
-    """Hidden patches grey."""
-    pasted: Tensor
-    """Visible patches as they are, hidden ones predicted."""
-    rebuilt: Tensor
-    """Every patch predicted."""
-    hidden: Tensor
-    """(N, 1, H, W), 1 where hidden."""
-
-
-def rebuild(
+def rebuild_all(
     network: MaskedAutoencoder,
     recipe: Recipe,
     source: ImageSource,
@@ -51,7 +35,7 @@ def rebuild(
     seed: int = 0,
     batch_size: int = 64,
     workers: int = 0,
-) -> Iterator[Rebuilt]:
+) -> Iterator[tuple[Tensor, Views]]:
     """Mask and rebuild images, batch by batch.
 
     Args:
@@ -63,6 +47,9 @@ def rebuild(
         batch_size: Images a pass; changes the speed only.
         workers: Processes that decode.
 
+    Yields:
+        Images, (N, 3, H, W) in [0, 1], and what the network makes of them.
+
     Raises:
         ImageError: At an image that does not decode.
     """
@@ -73,15 +60,8 @@ def rebuild(
         places = [generator(seed, "reconstruction", number) for number in numbers[start : start + len(images)]]
         start += len(images)
         noise = torch.stack([torch.rand(network.num_patches, generator=place) for place in places]).to(device)
-        views = reconstruct(network, images.to(device), noise, recipe)
-        mask = random_masking(noise, network.mask_ratio).mask  # (N, L)
-        yield Rebuilt(
-            original=views["original"],
-            masked=views["masked"],
-            pasted=views["pasted"],
-            rebuilt=views["rebuilt"],
-            hidden=hidden_pixels(mask, network.patch_size, network.grid_size).float(),
-        )
+        images, masking = images.to(device), random_masking(noise, network.mask_ratio)
+        yield images, rebuild(network, images, masking, norm_pix_loss=recipe.norm_pix_loss)
 
 
 def compare_images(made: Tensor, original: Tensor, where: Tensor) -> dict[str, Tensor]:
@@ -118,19 +98,19 @@ def measure_reconstruction(
     seed: int = 0,
     batch_size: int = 64,
     workers: int = 0,
-    watchers: Sequence[Callable[[Rebuilt], None]] = (),
+    watchers: Sequence[Callable[[Tensor, Views], None]] = (),
 ) -> dict[tuple[str, str], Tensor]:
     """Compare every image of a source with what the network makes of a quarter of it.
 
     Args:
-        network: See `rebuild`, as for the others.
+        network: See `rebuild_all`, as for the others.
         recipe: Of its training.
         source: The images.
         numbers: Which.
         seed: Decides the masks.
         batch_size: Images a pass.
         workers: Processes that decode.
-        watchers: Called with every batch: what else is to be known of the same pass.
+        watchers: Called with every batch of images and what the network makes of them, for what else is to be known.
 
     Returns:
         (N,) float32 by place ("hidden", "image") and metric.
@@ -140,16 +120,16 @@ def measure_reconstruction(
         ValueError: If a prediction is not finite.
     """
     found: dict[tuple[str, str], list[Tensor]] = {}
-    for batch in rebuild(network, recipe, source, numbers=numbers, seed=seed, batch_size=batch_size, workers=workers):
-        for place, made, where in (
-            ("hidden", batch.pasted, batch.hidden),
-            ("image", batch.rebuilt, torch.ones_like(batch.hidden)),
-        ):
-            values = compare_images(made, batch.original, where) | {"ms_ssim": ms_ssim_each(made, batch.original)}
+    for images, views in rebuild_all(
+        network, recipe, source, numbers=numbers, seed=seed, batch_size=batch_size, workers=workers
+    ):
+        hidden = views.hidden.float()
+        for place, made, where in (("hidden", views.pasted, hidden), ("image", views.rebuilt, torch.ones_like(hidden))):
+            values = compare_images(made, images, where) | {"ms_ssim": ms_ssim_each(made, images)}
             for metric in METRICS:
                 found.setdefault((place, metric), []).append(values[metric].cpu())
         for watch in watchers:
-            watch(batch)
+            watch(images, views)
     measured = {key: torch.cat(values) for key, values in found.items()}
     if broken := int((~torch.stack(list(measured.values())).isfinite()).any(dim=0).sum()):
         raise ValueError(f"the network's reconstructions of {broken} images are not finite: damaged weights")
@@ -173,12 +153,12 @@ def draw_reconstructions(
 ) -> Image.Image:
     """A picture of some images of a source: as they are, masked, rebuilt, rebuilt where they were hidden."""
     numbers = spread(len(source), SHOWN)
-    batch = next(rebuild(network, recipe, source, numbers=numbers, seed=seed, batch_size=SHOWN))
+    images, views = next(rebuild_all(network, recipe, source, numbers=numbers, seed=seed, batch_size=SHOWN))
     rows = {
-        "original": batch.original,
-        f"{network.mask_ratio:.0%} hidden": batch.masked,
-        "rebuilt": batch.rebuilt,
-        "pasted": batch.pasted,
+        "original": images,
+        f"{network.mask_ratio:.0%} hidden": views.masked,
+        "rebuilt": views.rebuilt,
+        "pasted": views.pasted,
     }
     height, width = network.image_size
     contrast = "; contrast of the original's patches (norm_pix_loss)" if recipe.norm_pix_loss else ""
