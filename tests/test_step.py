@@ -20,8 +20,9 @@ from training.networks import discriminator
 from training.penalties import Scene, penalties
 from training.phi import TimmPhi
 from training.recipes import METHODS, AdversarialRecipe, Recipe
-from training.step import clip_gradient, reconstruction_loss, shown_images, training_step
-from training.team import NonFiniteGuard, Team, avoid_slow_attention, create_team
+from training.run.player import NonFiniteGuard, avoid_slow_attention, clip_gradient
+from training.step import reconstruction_loss, shown_images, training_step
+from training.team import Team, create_team
 
 PICO = "vit_pico_patch8_pmae"
 FIVE = ("mae", "ms_ssim", "ls_gan_p", "msg_gan_p", "stylegan2_ada_p")

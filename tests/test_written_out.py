@@ -17,8 +17,8 @@ from perceptual_mae_models.autoencoder import image_pyramid, random_masking
 from training.ada import augment
 from training.draws import Draws, draw
 from training.recipes import METHODS, AdversarialRecipe
+from training.run.player import clip_gradient
 from training.run.schedule import create_scheduler
-from training.step import clip_gradient
 from training.team import Adversary, Team, create_team
 
 LOGITS = {  # of the discriminator for real, for rebuilt images, of the autoencoder

@@ -76,7 +76,7 @@ def measure_cost(recipe: Recipe, *, grad_checkpointing: bool = False) -> Cost:
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     learned = sum(parameters.values())
     copies = parameters["encoder"] + parameters["decoder"] if recipe.ema_decay else 0
-    if getattr(recipe, "phi", "") == "snapshot":
+    if isinstance(recipe, AdversarialRecipe) and recipe.phi == "snapshot":
         copies += parameters["discriminator"]
     return Cost(
         gflop=count_gflop(recipe),
@@ -184,7 +184,7 @@ def describe(
             and is not in the hours.
     """
     cost, steps = measure_cost(recipe, grad_checkpointing=grad_checkpointing), recipe.num_steps(num_images)
-    plain_steps = min(steps, getattr(recipe, "adversarial_start", 0))
+    plain_steps = min(steps, recipe.adversarial_start if isinstance(recipe, AdversarialRecipe) else 0)
     seconds = compute_seconds(cost.gflop_per_image, cost.fp32_gflop, peak_tflops, fp32_peak_tflops)
     seconds *= steps - plain_steps
     if plain_steps:

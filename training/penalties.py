@@ -43,9 +43,12 @@ class Penalty(NamedTuple):
     of: str
     every: int
     """Steps between two uses, each of which counts that many times; 0: never."""
-    loss: Callable[[MaskedAutoencoder, Adversary, Scene], Tensor]
-    parts: int = 2
-    """Passes to cut it into, because second derivatives need memory; the statistic's groups of images stay whole."""
+    loss: Callable[[MaskedAutoencoder, Adversary, Scene], dict[str, Tensor]]
+    """Gives the penalty under `name`, and what else is to be known of the pass."""
+
+
+PARTS = 2
+"""Passes to cut a penalty into, because second derivatives need memory; the statistic's groups of images stay whole."""
 
 
 def penalties(recipe: AdversarialRecipe) -> tuple[Penalty, ...]:
@@ -79,40 +82,43 @@ def penalise(
         mark: Called with the name of each penalty that has just run.
 
     Returns:
-        The penalties, not yet multiplied by their interval: `loss/<name>` or `loss_d/<name>`.
+        The penalties, not yet multiplied by their interval: `loss/<name>` or `loss_d/<name>`; and `lengths`, the mean
+        path length, where the path-length penalty was due.
     """
     key = {"autoencoder": "loss", "discriminator": "loss_d"}[of]
-    measured = {}
+    measured: dict[str, Tensor] = {}
     for penalty in penalties(adversary.recipe):
         if penalty.of == of and penalty.every and step % penalty.every == 0:
-            parts = penalty.parts if len(scene.images) % (penalty.parts * STDDEV_GROUP) == 0 else 1
-            values = []
+            parts = PARTS if len(scene.images) % (PARTS * STDDEV_GROUP) == 0 else 1
+            passes = []
             for part in scene.split(parts):
                 with sdpa_kernel(SDPBackend.MATH):  # in the backward pass too, where checkpointed blocks run again
-                    value = penalty.loss(network, adversary, part)
-                    (value * (penalty.every * scale / parts)).backward()
-                values.append(value.detach())
-            measured[f"{key}/{penalty.name}"] = torch.stack(values).mean()
+                    found = penalty.loss(network, adversary, part)
+                    (found[penalty.name] * (penalty.every * scale / parts)).backward()
+                passes.append({name: value.detach() for name, value in found.items()})
+            means = {name: torch.stack([found[name] for found in passes]).mean() for name in passes[0]}
+            measured |= {f"{key}/{penalty.name}": means.pop(penalty.name), **means}
             mark(penalty.name)
     return measured
 
 
-def r1(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> Tensor:
+def r1(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> dict[str, Tensor]:
     """R1 at the real images, through the augmentation."""
-    return r1_penalty(_judge(adversary, scene.draws), scene.real, adversary.recipe.r1_gamma)
+    return {"r1": r1_penalty(_judge(adversary, scene.draws), scene.real, adversary.recipe.r1_gamma)}
 
 
-def wasserstein_gradient(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> Tensor:
+def wasserstein_gradient(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> dict[str, Tensor]:
     """WGAN-GP's penalty between real and rebuilt images."""
     assert scene.draws.epsilon is not None
-    return gradient_penalty(_judge(adversary, scene.draws), scene.real, scene.fake, scene.draws.epsilon)
+    judge = _judge(adversary, scene.draws)
+    return {"gradient_penalty": gradient_penalty(judge, scene.real, scene.fake, scene.draws.epsilon)}
 
 
-def path_length(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> Tensor:
+def path_length(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) -> dict[str, Tensor]:
     """Path-length penalty of the decoder on every second sample.
 
     It compares with the running mean of the steps before; StyleGAN2 first moves the mean, by a hundredth, which could
-    not be done exactly for a batch that comes in parts. The new lengths are left for the end of the step.
+    not be done exactly for a batch that comes in parts: the end of the step moves it by all their `lengths`.
     """
     recipe = adversary.recipe
     images, noise = scene.images[::2], scene.draws.mask[::2]
@@ -126,8 +132,8 @@ def path_length(network: MaskedAutoencoder, adversary: Adversary, scene: Scene) 
     lengths = path_lengths(
         lambda latent: network.images(network.decode(latent, skips, ids_restore))[0], latent, scene.draws.path
     )
-    adversary.state.new_lengths.append(lengths.detach().mean())
-    return recipe.path_weight * path_length_penalty(lengths, adversary.state.path_mean)
+    penalty = recipe.path_weight * path_length_penalty(lengths, adversary.state.path_mean)
+    return {"path_length": penalty, "lengths": lengths.mean()}
 
 
 def _judge(adversary: Adversary, draws: Draws) -> Callable[[Pyramid], Tensor]:

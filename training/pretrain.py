@@ -29,7 +29,6 @@ import tyro
 from accelerate import Accelerator
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
-from perceptual_mae_models.images import ImageError
 from training.config import Config, Estimate, Output, Runtime
 from training.cost import count_gflop, describe, matmul_peak
 from training.curves import save_curves
@@ -38,16 +37,16 @@ from training.data.images import ImageSource
 from training.data.readers import StorageError
 from training.data.stream import ImageStream
 from training.draws import draw_ahead
-from training.evaluate.monitor import IMAGES_KEPT, KnnMonitor, check_held_out, describe_doubles
+from training.evaluate.monitor import Watch, open_watch
 from training.grids import FixedGrid
 from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import METHODS, AdversarialRecipe, Recipe
-from training.run.checkpoint import CheckpointError, load_checkpoint
+from training.run.checkpoint import ResumeError, load_checkpoint
 from training.run.clock import StepClock
 from training.run.engine import create_accelerator, require_same_step
 from training.run.folder import RunError, create_run_folder, find_checkpoint, own_run_folder, versions
 from training.run.record import Intervals, RunRecord
-from training.run.schedule import check_steps, create_scheduler, phi_refresh_steps, steps_of
+from training.run.schedule import create_scheduler
 from training.run.seeding import derive_seed
 from training.run.signals import EXIT_INTERRUPTED, Interrupted, StopRequest
 from training.step import training_step
@@ -69,7 +68,7 @@ def check_batch(recipe: Recipe, runtime: Runtime, num_processes: int) -> None:
             f"--batch-size {recipe.batch_size} must be a multiple of {multiple} for {num_processes} process(es), "
             f"--micro-batches {runtime.micro_batches} and {recipe.method}"
         )
-    if getattr(recipe, "adaptive_weight", False) and runtime.micro_batches > 1:
+    if isinstance(recipe, AdversarialRecipe) and recipe.adaptive_weight and runtime.micro_batches > 1:
         raise ValueError("--adaptive-weight compares gradients of whole batches: leave --micro-batches at 1")
 
 
@@ -85,8 +84,8 @@ def pretrain(config: Config) -> None:
     check_batch(recipe, runtime, accelerator.num_processes)
     source = feed.open()
     team = create_team(recipe, accelerator.device)
+    recipe.check_data(num_images(source))
     total_steps = recipe.num_steps(num_images(source))
-    check_steps(recipe, total_steps, num_images(source))
     description = {
         "recipe": dataclasses.asdict(recipe),
         "data": describe_data(feed, source, accelerator.num_processes),
@@ -95,7 +94,15 @@ def pretrain(config: Config) -> None:
     }
     defaults = {field.name: field.default for field in dataclasses.fields(recipe) if field.name != "method"}
     checkpoint = find_checkpoint(out, description, resume=config.output.resume == "auto", defaults=defaults)
-    measure = create_measure(config, source, team, main=accelerator.is_main_process, begun=checkpoint is not None)
+    watch = open_watch(
+        config.monitor,
+        recipe,
+        source,
+        team.exported.encoder,
+        workers=runtime.workers,
+        main=accelerator.is_main_process,
+        begun=checkpoint is not None,
+    )
     accelerator.wait_for_everyone()  # nobody may find the folder that this very run creates
     with own_run_folder(out) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
@@ -109,7 +116,8 @@ def pretrain(config: Config) -> None:
         elif recipe.init:
             load_initial(team)
         require_same_step(accelerator, progress["step"])
-        progress = optimise(config, accelerator, source, team, total_steps, progress, measure)
+        record = create_record(config, accelerator, source, team, total_steps, progress, watch)
+        progress = optimise(config, accelerator, source, team, record)
         if accelerator.is_main_process:
             save_run_weights(out, team.exported, recipe, progress)
             save_curves(out / "metrics.jsonl", out / "curves.png")
@@ -121,11 +129,9 @@ def optimise(
     accelerator: Accelerator,
     source: ImageSource | ImageStream,
     team: Team,
-    total_steps: int,
-    progress: dict[str, Any],
-    measure: Callable[[], dict[str, float]] | None,
+    record: RunRecord,
 ) -> dict[str, Any]:
-    """The loop: batch, step, record; from `progress["step"]` to `total_steps`.
+    """The loop: batch, step, record; from the step that the record has come to, to the last.
 
     Returns:
         The progress at the end.
@@ -136,18 +142,16 @@ def optimise(
     """
     recipe, runtime, network = config.recipe, config.runtime, team.network
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    steps = range(progress["step"], total_steps)
+    steps, clock = range(record.step, record.total_steps), record.clock
     loader = batches(
         source, recipe, network.image_size, steps, rank=rank, world_size=world_size, workers=runtime.workers
     )
     local = recipe.batch_size // world_size
     share = slice(rank * local, (rank + 1) * local)  # this process's part of a global batch
-    warmup_steps = round(recipe.warmup * total_steps)
-    schedulers = [create_scheduler(optimizer, total_steps, warmup_steps) for optimizer in team.optimizers().values()]
+    warmup_steps = round(recipe.warmup * steps.stop)
+    schedulers = [create_scheduler(optimizer, steps.stop, warmup_steps) for optimizer in team.optimizers().values()]
     distribute(team, accelerator, runtime)
-    refresh_every = phi_refresh_steps(recipe, num_images(source))
-    clock = StepClock(device)
-    record = create_record(config, accelerator, source, team, total_steps, progress, measure, clock)
+    refresh_every = recipe.phi_steps(num_images(source))
     with StopRequest(accelerator) as stop:
         for step, batch, drawn in zip(steps, loader, draw_ahead(recipe, steps, network, share), strict=True):
             # what a network draws for itself (drop path) is the same after a restart and different on every process
@@ -178,8 +182,7 @@ def create_record(
     team: Team,
     total_steps: int,
     progress: dict[str, Any],
-    measure: Callable[[], dict[str, float]] | None,
-    clock: StepClock,
+    watch: Watch,
 ) -> RunRecord:
     """What keeps the run folder up to date, as the command asks for it."""
     recipe, output = config.recipe, config.output
@@ -203,61 +206,25 @@ def create_record(
             log=output.log_every,
             checkpoint=output.checkpoint_every,
             grid=output.grid_every,
-            measure=knn_steps(config, num_images(source)),
+            measure=watch.every,
         ),
         keep=output.keep_checkpoints,
         max_broken=output.max_broken,
         advice="In another --out: lower --blr (or --d-lr), set --clip-grad, or use --precision fp32.",
-        clock=clock,
+        clock=StepClock(accelerator.device),
         draw=None if grid is None else functools.partial(grid.save, team.exported),
-        measure=measure,
+        measure=watch.measure,
         utilisation=peak_share(recipe, accelerator),
     )
-
-
-def create_measure(
-    config: Config, source: ImageSource | ImageStream, team: Team, *, main: bool, begun: bool = False
-) -> Callable[[], dict[str, float]] | None:
-    """The metrics of held-out images, where the command names some; images are decoded on the main process alone.
-
-    Args:
-        config: The command.
-        source: What is learned from.
-        team: Whose encoder is measured.
-        main: Whether this is the main process.
-        begun: Whether the run has begun, and said which of these images are there twice: all files are read for it.
-
-    Raises:
-        ValueError: If nothing follows from these images, or epochs cannot be counted.
-        FileNotFoundError: If there are none.
-        ImageError: If one does not decode.
-    """
-    monitor = config.monitor
-    if monitor.knn_data is None:
-        return None
-    knn_steps(config, num_images(source))
-    held_out, bank = ImageSource(monitor.knn_data, split=monitor.knn_split, flag="--knn-data"), None
-    if monitor.knn_bank is not None:
-        bank = ImageSource(monitor.knn_bank, split=monitor.knn_bank_split, flag="--knn-bank")
-    check_held_out(held_out, bank, source if isinstance(source, ImageSource) else None)
-    if not main:
-        return lambda: {}
-    if bank and not begun and (doubles := describe_doubles(held_out, bank)):
-        print(doubles, file=sys.stderr)
-    for kept in (held_out, *([bank] if bank else [])):
-        if len(kept) > IMAGES_KEPT:
-            print(f"k-NN: {IMAGES_KEPT} of the {len(kept)} images of {kept.spec}, evenly spaced", file=sys.stderr)
-    knn = KnnMonitor(team.exported.encoder, held_out, bank, workers=config.runtime.workers)
-    return lambda: {"knn": knn(team.exported.encoder)}
 
 
 def distribute(team: Team, accelerator: Accelerator, runtime: Runtime) -> None:
     """Have the team's passes go through compiled and distributed networks, and its sums over all processes."""
     team.network.grad_checkpointing = runtime.grad_checkpointing
-    if getattr(team.recipe, "adaptive_weight", False):
+    if isinstance(team.recipe, AdversarialRecipe) and team.recipe.adaptive_weight:
         # the weight takes a gradient of its own through the compiled graph, which may not give its buffers away then
         torch._functorch.config.donated_buffer = False
-    for player in (team.player, *([team.adversary.player] if team.adversary else [])):
+    for player in team.players.values():
         player.prepare(accelerator.prepare_model, compiled=runtime.compile)
     team.reduce_sum = lambda value: accelerator.reduce(value, reduction="sum")
     team.reduce_mean = lambda value: accelerator.reduce(value, reduction="mean")
@@ -272,21 +239,10 @@ def peak_share(recipe: Recipe, accelerator: Accelerator) -> Callable[[int], floa
         return lambda step: 0.0
     peak = matmul_peak(accelerator.device, recipe.precision) * accelerator.num_processes
     after = before = sum(count_gflop(recipe).values()) / peak
-    start = getattr(recipe, "adversarial_start", 0)
+    start = recipe.adversarial_start if isinstance(recipe, AdversarialRecipe) else 0
     if start:
         before = sum(count_gflop(recipe, before_start=True).values()) / peak
     return lambda step: before if step < start else after
-
-
-def knn_steps(config: Config, num_images: int | None) -> int:
-    """Steps between measurements of held-out images; 0: there are none.
-
-    Raises:
-        ValueError: If the size of the data set is not known.
-    """
-    if config.monitor.knn_data is None:
-        return 0
-    return steps_of("--knn-every", config.monitor.knn_every, num_images, config.recipe.batch_size)
 
 
 def dry_run(config: Config) -> str:
@@ -297,7 +253,7 @@ def dry_run(config: Config) -> str:
     except ValueError as error:
         raise ValueError(f"{error}; --devices says how many processes are meant, --dry-run takes 8") from error
     size = num_images(config.feed.open()) if config.feed else estimate.images
-    check_steps(config.recipe, config.recipe.num_steps(size), size)
+    config.recipe.check_data(size)
     return describe(
         config.recipe,
         num_images=size,
@@ -336,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as interruption:
         print(f"pretrain.py: stopped by {interruption}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from interruption
-    except (RunError, StorageError, CheckpointError, ValueError, OSError, ImageError) as error:
+    except (RunError, StorageError, ResumeError, ValueError, OSError) as error:
         raise SystemExit(f"pretrain.py: {error}") from error
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Suppress
 
+from training.run.schedule import steps_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -116,9 +118,30 @@ class Recipe:
         """
         if self.steps is not None:
             return self.steps
-        if num_images is None:
-            raise ValueError("--epochs needs the size of the data set, which this stream does not know: give --steps")
-        return max(1, round(self.epochs * num_images / self.batch_size))
+        return steps_of("--epochs", self.epochs, num_images, self.batch_size, way_out="--steps")
+
+    def check_data(self, num_images: int | None) -> None:
+        """Refuse data over which the run cannot be scheduled.
+
+        Raises:
+            ValueError: If all steps are warm-up, a step would take images twice, or epochs cannot be counted.
+        """
+        total_steps = self.num_steps(num_images)
+        if num_images is not None and self.batch_size > num_images:
+            raise ValueError(
+                f"--batch-size {self.batch_size} is more than there are images, {num_images}: give a smaller one"
+            )
+        if round(self.warmup * total_steps) >= total_steps:
+            raise ValueError(f"--warmup {self.warmup:g}: none of the {total_steps} steps comes after it")
+        self.phi_steps(num_images)
+
+    def phi_steps(self, num_images: int | None) -> int:
+        """Steps between renewals of phi's snapshot; 0: there is none.
+
+        Raises:
+            ValueError: If the size of the data set is not known.
+        """
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +199,17 @@ class AdversarialRecipe(Recipe):
     ada_images: int = 500_000
     """Images in which the augmentation's probability can rise from 0 to 1."""
 
+    def phi_steps(self, num_images: int | None) -> int:
+        """See `Recipe.phi_steps`."""
+        if self.phi != "snapshot":
+            return 0
+        return steps_of("--phi-refresh", self.phi_refresh, num_images, self.batch_size, way_out="--epoch-images")
+
     def _checks(self) -> dict[str, tuple[bool, str]]:
         phi_is_known = self.phi in ("discriminator", "snapshot") or self.phi.startswith("timm:")
         at_least_zero = ("adversarial_weight", "feature_weight", "style_weight", "r1_gamma")
         above_zero = ("d_lr", "r1_every", "path_every", "phi_refresh", "ada_images")
-        widths = (128, math.inf) if self.multi_scale else (1, 1024)  # beyond: the other kind's unit
+        widths = (128, math.inf) if self.multi_scale else (1, 1024)  # values outside are of the other kind's unit
         return {
             **super()._checks(),
             **{name: (getattr(self, name) >= 0, "at least 0") for name in (*at_least_zero, "adversarial_start")},

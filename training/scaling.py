@@ -5,7 +5,7 @@
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from training.cost import IMAGENET_IMAGES, compute_seconds, count_fp32_gflop, count_gflop, fake_team
 from training.data.stream import MAX_LANES
@@ -111,7 +111,7 @@ def count(recipe: Recipe) -> Counts:
 
 def count_tensors(recipe: Recipe) -> tuple[int, int, int]:
     """Numbers that learn; bytes of a checkpoint (all modules, two Adam moments); the same with an average."""
-    with fake_team(replace(recipe, ema_decay=None)) as team:
+    with fake_team(recipe) as team:
         groups = [group for optimizer in team.optimizers().values() for group in optimizer.param_groups]
         learned = [p for group in groups for p in group["params"] if p.requires_grad]
         states = {name: sum(t.nbytes for t in m.state_dict().values()) for name, m in team.modules().items()}

@@ -17,7 +17,7 @@ The order inside a step is what makes it right and cheap:
 6. Only then both optimisers step, so that phi(I) and phi(G(I_m)) come from the same weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -38,7 +38,8 @@ from training.losses.regularizers import update_mean_length
 from training.losses.structural import ms_ssim_loss, ssim_l1
 from training.penalties import Scene, penalise
 from training.recipes import AdversarialRecipe, Recipe
-from training.team import Adversary, Player, Pyramid, Team, autocast
+from training.run.player import update_weights
+from training.team import Adversary, Pyramid, Team, autocast
 
 Terms = dict[str, Tensor]
 """Scalars of a loss by name, with their weights; their sum is minimised."""
@@ -72,7 +73,7 @@ def training_step(
         `path_length`. Penalties appear in the steps they run in.
     """
     adversary = team.adversary if team.adversary and step >= team.adversary.recipe.adversarial_start else None
-    players = {"": team.player, **({"_d": adversary.player} if adversary else {})}
+    players = team.players if adversary else {"": team.player}
     scalars: dict[str, Tensor] = {}
     parts = zip(images.chunk(micro_batches), draws.split(micro_batches), strict=True)
     for index, (part, part_draws) in enumerate(parts):
@@ -89,8 +90,10 @@ def training_step(
             value = value.detach().float() / micro_batches
             scalars[name] = scalars[name] + value if name in scalars else value
     if adversary:
-        scalars |= update_state(team, adversary, step)
-    scalars |= update_weights(team, players, scalars)
+        scalars |= update_state(team, adversary, step, scalars.pop("lengths", None))
+    losses = [value for name, value in scalars.items() if name.startswith("loss")]
+    norms = update_weights([*players.values()], losses, team.guard, team.reduce_sum)
+    scalars |= {f"grad_norm{suffix}": norm for suffix, norm in zip(players, norms, strict=True)}
     mark("optimisers")
     return scalars
 
@@ -222,45 +225,18 @@ def generator_terms(
     return terms | {"adversarial": weight * adversarial}
 
 
-def update_state(team: Team, adversary: Adversary, step: int) -> dict[str, Tensor]:
-    """Move the running mean of path lengths and, every few steps, the augmentation's probability."""
+def update_state(team: Team, adversary: Adversary, step: int, lengths: Tensor | None) -> dict[str, Tensor]:
+    """Move the running mean of path lengths, where there are new ones, and in time the augmentation's probability."""
     recipe, state = adversary.recipe, adversary.state
     measured = {}
-    if state.new_lengths:
-        lengths = torch.stack(state.new_lengths)
+    if lengths is not None:
         state.path_mean.copy_(update_mean_length(state.path_mean, lengths, team.reduce_mean, recipe.path_decay))
-        state.new_lengths.clear()
         measured["path_length"] = state.path_mean.clone()
     if state.ada:
         if (step + 1) % state.ada.interval == 0:
             measured["ada_sign"] = state.ada.update(recipe.batch_size * state.ada.interval)
         measured["ada_p"] = state.ada.p.clone()
     return measured
-
-
-def update_weights(team: Team, players: dict[str, Player], scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clip, guard and step every player, from gradients of the same weights; returns the gradient norms."""
-    clips = {"": team.recipe.clip_grad, "_d": getattr(team.recipe, "d_clip_grad", None)}
-    norms = {
-        f"grad_norm{suffix}": clip_gradient(player.network.parameters(), clips[suffix])
-        for suffix, player in players.items()
-    }
-    losses = [value for name, value in scalars.items() if name.startswith("loss")]
-    team.guard.watch([*losses, *norms.values()], team.reduce_sum)
-    for player in players.values():
-        team.guard.withhold(player.optimizer)
-        player.optimizer.step()
-        player.optimizer.zero_grad(set_to_none=True)
-    return norms
-
-
-def clip_gradient(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
-    """Norm of the gradient before clipping; the gradient is scaled down to `limit` if it is larger."""
-    parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
 
 
 def total(terms: Terms) -> Tensor:

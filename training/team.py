@@ -2,17 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, init_mae_weights
 from perceptual_mae_models.features import check_model_name
@@ -25,6 +23,7 @@ from training.losses.regularizers import lazy_optimizer_settings
 from training.networks.discriminator import MultiScaleDiscriminator, SingleScaleDiscriminator
 from training.phi import SnapshotPhi, TimmPhi, create_phi
 from training.recipes import AdversarialRecipe, Recipe
+from training.run.player import NonFiniteGuard, Player, avoid_slow_attention
 from training.run.seeding import derive_seed
 from training.weights import build_from_recipe
 
@@ -35,46 +34,6 @@ Pyramid = tuple[Tensor, ...]
 def autocast(recipe: Recipe, device_type: str) -> AbstractContextManager[None]:
     """The recipe's mixed precision, for the networks' forward pass only: losses are float32."""
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
-
-
-def avoid_slow_attention(network: nn.Module, precision: str, device: torch.device) -> None:
-    """Leave torch's fused attention where it costs more than it saves: in the backward pass of bf16 on processors.
-
-    There it takes 2 (577 tokens) to 5 times (17 tokens) as long as matrix products and a softmax; not so in float32.
-
-    Args:
-        network: Of timm's blocks; changed in place.
-        precision: "bf16" or "fp32".
-        device: Where it learns.
-    """
-    if precision == "bf16" and device.type == "cpu":
-        module: Any
-        for module in network.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
-
-
-@dataclass
-class Player:
-    """A network that learns."""
-
-    network: nn.Module
-    """The bare network: checkpoints, penalties and pictures use it."""
-    optimizer: torch.optim.Optimizer
-    """Over its parameters, fused."""
-    fast: nn.Module
-    """`network`, or its compiled form."""
-    model: nn.Module
-    """`fast`, or its distributed wrapper: what the passes that learn go through."""
-
-    def prepare(self, distribute: Callable[[nn.Module], nn.Module], *, compiled: bool) -> None:
-        """Compile, on request, and distribute what the passes go through."""
-        fast: Any = torch.compile(self.network) if compiled else self.network
-        self.fast, self.model = fast, distribute(fast)
-
-    def local_gradients(self) -> AbstractContextManager[None]:
-        """Within it, gradients add up in this process only: all micro-batches but the last."""
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
 
 class AdversaryState(nn.Module):
@@ -90,7 +49,6 @@ class AdversaryState(nn.Module):
     def __init__(self, recipe: AdversarialRecipe, neutral: float) -> None:
         super().__init__()
         self.register_buffer("path_mean", torch.zeros(()))
-        self.new_lengths: list[Tensor] = []  # of this step's micro-batches; empty between steps
         self.ada = (
             AdaController(target=recipe.ada_target, ramp_images=recipe.ada_images, neutral=neutral)
             if recipe.ada_target is not None
@@ -114,26 +72,6 @@ class Adversary:
             return pyramid
         assert draws.ada is not None
         return augment(pyramid, draws.ada, self.state.ada.p)
-
-
-@dataclass
-class NonFiniteGuard:
-    """Stops updates, without a device synchronisation, from the first non-finite gradient or loss on.
-
-    The fused optimisers skip a step whose `found_inf` is 1: it is set here and never cleared, so the weights stay those
-    of the last good step until the next log line, where the mean of what was not finite stops the run.
-    """
-
-    tripped: Tensor
-
-    def watch(self, values: list[Tensor], reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Note this step's losses and gradient norms; what one process sees, all obey."""
-        bad = (~torch.isfinite(torch.stack(values))).any().float()
-        self.tripped.copy_(torch.maximum(self.tripped, reduce_sum(bad).clamp(max=1)))
-
-    def withhold(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tell a fused optimiser whether its next step may happen."""
-        optimizer.found_inf = self.tripped  # type: ignore[attr-defined]
 
 
 def _unreduced(value: Tensor) -> Tensor:
@@ -160,6 +98,11 @@ class Team:
         network = self.player.network
         assert isinstance(network, MaskedAutoencoder)
         return network
+
+    @property
+    def players(self) -> dict[str, Player]:
+        """Who learns, by the end of the names of its scalars, such as `grad_norm` and `grad_norm_d`."""
+        return {"": self.player, **({"_d": self.adversary.player} if self.adversary else {})}
 
     @property
     def exported(self) -> MaskedAutoencoder:
@@ -267,7 +210,7 @@ def _create_autoencoder(recipe: Recipe, encoder: nn.Module, device: torch.device
         network, recipe.weight_decay, no_weight_decay_list=["encoder.cls_token", "decoder.mask_token"]
     )
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-    return Player(network, optimizer, network, network)
+    return Player(network, optimizer, recipe.clip_grad)
 
 
 def _create_discriminator(recipe: AdversarialRecipe, network: MaskedAutoencoder, device: torch.device) -> nn.Module:
@@ -289,7 +232,7 @@ def _create_adversary(recipe: AdversarialRecipe, network: MaskedAutoencoder, dev
     _move(state, device)
     create_twin = functools.partial(_create_discriminator, recipe, network, device)
     phi = create_phi(recipe, discriminator, create_twin, network.image_size, device)
-    return Adversary(recipe, Player(discriminator, optimizer, discriminator, discriminator), state, phi)
+    return Adversary(recipe, Player(discriminator, optimizer, recipe.d_clip_grad), state, phi)
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

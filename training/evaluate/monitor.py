@@ -4,23 +4,30 @@ The images are decoded once, to bytes at the encoder's input size. Measuring lea
 they were, so a run ends with the same bits whether or not it is watched.
 """
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from perceptual_mae_models.features import FeatureExtractor
+from training.config import Monitor
+from training.data.feed import num_images
 from training.data.images import ImageSource, spread
 from training.data.readers import FolderReader
+from training.data.stream import ImageStream
 from training.evaluate.duplicates import find_duplicates
 from training.evaluate.features import cut, fingerprint_data, load_views
 from training.evaluate.knn import TEMPERATURE, knn_predict
+from training.recipes import Recipe
+from training.run.schedule import steps_of
 
 NEIGHBOURS = 20
 IMAGES_KEPT = 20_000
-"""Of the held-out images, and of the bank: at 224 pixels a side, 3 GB each."""
+"""Of the held-out images, and of the bank, evenly spaced ones of every class: at 224 pixels a side, 3 GB each."""
 BATCH_SIZE = 128
 
 
@@ -79,12 +86,66 @@ def _overlap(a: ImageSource, b: ImageSource) -> bool:
     return len(a) == len(b) and fingerprint_data(a) == fingerprint_data(b)
 
 
+class Watch(NamedTuple):
+    """When a run measures its features, and how."""
+
+    every: int
+    """Steps between measurements; 0: never."""
+    measure: Callable[[], dict[str, float]] | None
+    """Gives the metrics of the encoder as it is; None: there are none."""
+
+
+def open_watch(
+    settings: Monitor,
+    recipe: Recipe,
+    seen: ImageSource | ImageStream,
+    encoder: nn.Module,
+    *,
+    workers: int = 0,
+    main: bool = True,
+    begun: bool = False,
+) -> Watch:
+    """What a run measures on the way, where its command names held-out images.
+
+    Args:
+        settings: Name the images.
+        recipe: Of the run.
+        seen: What is learned from.
+        encoder: What is measured: the run changes its weights in place.
+        workers: Processes that decode.
+        main: Whether this is the main process: the others keep no images and measure nothing.
+        begun: Whether the run is resumed. The search for doubles reads every file, and was done when it began.
+
+    Raises:
+        ValueError: If nothing follows from these images, or epochs cannot be counted.
+        FileNotFoundError: If there are none.
+        ImageError: If one does not decode.
+    """
+    if settings.knn_data is None:
+        return Watch(0, None)
+    size = num_images(seen)
+    every = steps_of("--knn-every", settings.knn_every, size, recipe.batch_size, way_out="--epoch-images")
+    held_out, bank = ImageSource(settings.knn_data, split=settings.knn_split, flag="--knn-data"), None
+    if settings.knn_bank is not None:
+        bank = ImageSource(settings.knn_bank, split=settings.knn_bank_split, flag="--knn-bank")
+    check_held_out(held_out, bank, seen if isinstance(seen, ImageSource) else None)
+    if not main:
+        return Watch(every, lambda: {})
+    if bank and not begun and (doubles := describe_doubles(held_out, bank)):
+        print(doubles, file=sys.stderr)
+    for kept in (held_out, *([bank] if bank else [])):
+        if len(kept) > IMAGES_KEPT:
+            print(f"k-NN: {IMAGES_KEPT} of the {len(kept)} images of {kept.spec}, evenly spaced", file=sys.stderr)
+    knn = KnnMonitor(encoder, held_out, bank, workers=workers)
+    return Watch(every, lambda: {"knn": knn(encoder)})
+
+
 class _Kept:
     """A source's images, as the encoder's transform leaves them before it standardises their colours."""
 
-    def __init__(self, source: ImageSource, geometry: v2.Compose, workers: int, limit: int) -> None:
+    def __init__(self, source: ImageSource, geometry: v2.Compose, workers: int) -> None:
         labels = torch.tensor(source.labels)
-        numbers = spread(labels, limit)
+        numbers = spread(labels, IMAGES_KEPT)
         self.labels = labels[numbers]
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed from the global generator
             self.views = torch.cat(list(load_views(source, geometry, cut(numbers.tolist(), BATCH_SIZE), workers)))
@@ -101,7 +162,6 @@ class KnnMonitor:
         held_out: Labelled images.
         bank: Labelled images to be their neighbours; None: the held-out images themselves.
         workers: Processes that decode.
-        limit: Images to keep of each set; of larger ones, evenly spaced images of every class.
 
     Raises:
         ImageError: At an image that does not decode.
@@ -114,15 +174,14 @@ class KnnMonitor:
         bank: ImageSource | None = None,
         *,
         workers: int = 0,
-        limit: int = IMAGES_KEPT,
     ) -> None:
         training = encoder.training
         transform: Any = FeatureExtractor(encoder).transform
         encoder.train(training)
         *geometry, _, self.normalise = transform.transforms  # … to a float tensor in [0, 1], to zero mean
         bytes_at_size = v2.Compose([*geometry, v2.PILToTensor()])
-        self.held_out = _Kept(held_out, bytes_at_size, workers, limit)
-        self.bank = None if bank is None else _Kept(bank, bytes_at_size, workers, limit)
+        self.held_out = _Kept(held_out, bytes_at_size, workers)
+        self.bank = None if bank is None else _Kept(bank, bytes_at_size, workers)
 
     def __call__(self, encoder: nn.Module) -> float:
         """The accuracy, in [0, 1], of an encoder of the same architecture; it stays in its mode and on its device.

@@ -27,12 +27,11 @@ from training.run.checkpoint import load_checkpoint
 from training.run.clock import StepClock
 from training.run.engine import create_accelerator, require_same_step
 from training.run.folder import create_run_folder, find_checkpoint, own_run_folder, versions
+from training.run.player import NonFiniteGuard, Player, avoid_slow_attention, update_weights
 from training.run.record import Intervals, RunRecord
 from training.run.schedule import create_scheduler
 from training.run.seeding import derive_seed
 from training.run.signals import Interrupted, StopRequest, ignore_in_workers
-from training.step import clip_gradient
-from training.team import NonFiniteGuard, Player, avoid_slow_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +165,14 @@ def _optimise(
     progress: dict[str, Any],
 ) -> dict[str, Any]:
     network, optimizer, device = task.network, task.optimizer, accelerator.device
-    player = Player(network, optimizer, network, network)
+    player = Player(network, optimizer, schedule.clip_grad)
     player.prepare(accelerator.prepare_model, compiled=engine.compile)
     guard = NonFiniteGuard(torch.zeros((), device=device))
+
+    def reduce_sum(value: Tensor) -> Tensor:
+        found: Tensor = accelerator.reduce(value, reduction="sum")
+        return found
+
     scheduler = create_scheduler(optimizer, schedule.steps, schedule.warmup_steps)
     clock, steps = StepClock(device), range(progress["step"], schedule.steps)
     parts = iter(_load(task, schedule, steps, engine, accelerator))
@@ -193,11 +197,7 @@ def _optimise(
             torch.manual_seed(derive_seed(schedule.seed, "network", step, accelerator.process_index))
             scheduler.step_update(step)
             scalars = _accumulate(task, schedule, player, islice(parts, engine.micro_batches), engine, clock, device)
-            norm = clip_gradient(network.parameters(), schedule.clip_grad)
-            guard.watch([norm, *scalars.values()], lambda value: accelerator.reduce(value, reduction="sum"))
-            guard.withhold(optimizer)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            [norm] = update_weights([player], [*scalars.values()], guard, reduce_sum)
             if ema:
                 ema.update(network)
             clock.mark("optimiser")

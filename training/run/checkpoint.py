@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 
-class CheckpointError(RuntimeError):
+class ResumeError(RuntimeError):
     """A checkpoint that cannot be used; the message names it and the way out."""
 
 
@@ -78,7 +78,7 @@ def load_checkpoint(
         The saved progress.
 
     Raises:
-        CheckpointError: If a file is missing, damaged, or of another network.
+        ResumeError: If a file is missing, damaged, or of another network.
     """
     try:
         for name, module in modules.items():
@@ -87,7 +87,7 @@ def load_checkpoint(
             optimizer.load_state_dict(torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
         progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
     except Exception as error:
-        raise CheckpointError(
+        raise ResumeError(
             f"cannot resume from {checkpoint}: {error}. Delete that folder to go on from the checkpoint before it."
         ) from error
     return progress
