@@ -147,7 +147,7 @@ def test_a_dry_run_says_what_it_leaves_out_and_guesses_nothing(
     pretrain.main([*arguments, "--phi", "timm:vgg16.tv_in1k"])
     assert "not counted          phi" in capsys.readouterr().out
     stream = ["--data", f"hf-stream:imagefolder:{photos}"]
-    with pytest.raises(SystemExit, match="--epochs counts epochs, and this stream does not know .* give --steps"):
+    with pytest.raises(SystemExit, match=r"--epochs counts epochs, and this stream does not know .* give --steps"):
         pretrain.main([*arguments, *stream])
     pretrain.main([*arguments, *stream, "--steps", "7"])
     assert "7 of 128 images\n" in capsys.readouterr().out

@@ -20,7 +20,6 @@ from typing import Any
 
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.files import replace_text
-from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.evaluate.classifiers import Classifiers, linear_classifiers
 from training.evaluate.detection import run_detection
@@ -45,8 +44,7 @@ from training.evaluate.sources import Dense, check_before, label, open_dense, op
 from training.report.page import write_report
 from training.report.results import read_results
 from training.report.tables import find_metric
-from training.run.checkpoint import CheckpointError
-from training.run.folder import RunError, versions
+from training.run.folder import versions
 from training.run.signals import EXIT_INTERRUPTED, Interrupted
 
 PACKAGES = (
@@ -312,7 +310,7 @@ def main(options: Options) -> None:
     except Interrupted as interruption:
         print(f"evaluate.py: stopped by {interruption}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from interruption
-    except (ValueError, OSError, RuntimeError, RunError, CheckpointError, ImageError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
