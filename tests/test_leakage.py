@@ -16,11 +16,11 @@ from torch import Tensor
 from training.data.images import ImageSource
 from training.evaluate import features as module
 from training.evaluate import few_shot as few_shot_module
-from training.evaluate import linear
+from training.evaluate import linear, protocols
 from training.evaluate.command import evaluate
 from training.evaluate.duplicates import find_duplicates
 from training.evaluate.features import Features, fingerprint_data, scan_data
-from training.evaluate.linear import linear_probe
+from training.evaluate.linear import fit_probe
 from training.evaluate.options import Options
 from training.evaluate.protocols import ON_FEATURES, Settings
 from training.evaluate.split import check_pair, hold_back
@@ -108,11 +108,11 @@ def test_whatever_is_learned_is_the_same_for_a_spoiled_test_set(
 
 def test_spoiled_training_labels_do_change_what_is_learned(learned: list[tuple[str, Any]]) -> None:
     """The test above would see a difference if there was one."""
-    train, test = clouds(300, seed=0), clouds(90, seed=1)
-    linear_probe(train, test, epochs=3)
+    train = clouds(300, seed=0)
+    fit_probe(train, epochs=3)
     straight = list(learned)
     learned.clear()
-    linear_probe(Features(train.rows, train.labels.flip(0), train.classes), test, epochs=3)
+    fit_probe(Features(train.rows, train.labels.flip(0), train.classes), epochs=3)
     assert learned != straight
 
 
@@ -131,14 +131,12 @@ def test_labels_of_the_test_set_stay_sealed_until_everything_is_learned(monkeypa
     monkeypatch.setattr(linear, "train_probe", note_probe)
     monkeypatch.setattr(linear, "choose", note_choice)
     train, test = clouds(300, seed=0), Sealed(clouds(90, seed=1), events)
-    linear_probe(train, test, epochs=3)
+    list(ON_FEATURES["linear"](train, test, SETTINGS))
     assert events[:3] == ["learn", "choose", "learn"]
     assert set(events[3:]) == {"labels"}
 
 
 def test_neighbours_vote_before_the_labels_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.evaluate import protocols
-
     events: list[str] = []
     predict = protocols.knn_predict
 
@@ -154,12 +152,23 @@ def test_neighbours_vote_before_the_labels_are_seen(monkeypatch: pytest.MonkeyPa
     assert set(events[1:]) == {"labels"}
 
 
-def test_columns_of_a_representation_are_standardised_by_training_images_alone() -> None:
+def test_columns_of_a_representation_are_standardised_by_training_images_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probes: list[linear.Probe] = []
+
+    def note(probe: linear.Probe, features: Features) -> Any:
+        probes.append(probe)
+        return linear.judge(probe, features)
+
+    monkeypatch.setattr(protocols, "judge", note)
     train, test = clouds(300, seed=0), clouds(90, seed=1)
     far = Features(test.rows * 1e6 + 1e6, test.labels, test.classes)
-    near, distant = (linear_probe(train, other, epochs=3).probe for other in (test, far))
+    for other in (test, far):
+        list(ON_FEATURES["linear"](train, other, SETTINGS))
     mean, deviation = train.rows.mean(dim=0), train.rows.std(dim=0, unbiased=False)
-    for probe in (near, distant):
+    assert len(probes) == 2
+    for probe in probes:
         torch.testing.assert_close(probe.standardise.mean, mean)
         by_hand = (far.rows - mean) / deviation @ probe.weight + probe.bias
         torch.testing.assert_close(probe.logits(far.rows).flatten(1), by_hand, rtol=1e-2, atol=1e-3)
@@ -214,7 +223,7 @@ def test_a_probe_chooses_its_rate_on_groups_it_did_not_learn(monkeypatch: pytest
     train_probe, judge = linear.train_probe, linear.judge
     monkeypatch.setattr(linear, "train_probe", lambda *a, **b: seen.append(a[0].groups) or train_probe(*a, **b))
     monkeypatch.setattr(linear, "judge", lambda *a, **b: seen.append(a[1].groups) or judge(*a, **b))
-    linear_probe(grouped, clouds(90, seed=1), epochs=3)
+    fit_probe(grouped, epochs=3)
     learned, judged = set(seen[0]), set(seen[1])
     assert learned
     assert judged

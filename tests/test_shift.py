@@ -20,7 +20,7 @@ from training.evaluate.classifiers import Classifiers, linear_classifiers
 from training.evaluate.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSource, corrupt, draw_examples
 from training.evaluate.features import Features, extract, fingerprint_data
 from training.evaluate.intervals import share_interval
-from training.evaluate.linear import linear_probe
+from training.evaluate.linear import fit_probe, judge
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
 from training.evaluate.shift import ShiftSettings, match_labels, predict, run_shift
@@ -381,12 +381,12 @@ def test_linear_probes_are_those_of_the_protocol_and_an_interrupted_evaluation_g
     ]
     assert {key for key, _ in rows} == set(parts)
 
-    result = linear_probe(train, train, epochs=2)
+    fitted = fit_probe(train, epochs=2)
     clean = next(row for key, row in rows if key == "all" and row.setting == "clean")
-    assert clean.value == share_interval(result.correct)
-    assert clean.detail["learning_rate"] == result.learning_rate
+    assert clean.value == share_interval(judge(fitted.probe, train)[0][0])
+    assert clean.detail["learning_rate"] == fitted.learning_rate
     noisy = CorruptedSource(source, range(0, 24, 2), "gaussian_noise", 5, seed=0)
     features = extract(extractor, noisy)
-    labels = result.probe.logits(features)[:, 0].argmax(dim=1)
+    labels = fitted.probe.logits(features)[:, 0].argmax(dim=1)
     row = next(row for key, row in rows if key == "all" and row.setting == "gaussian_noise/5")
     assert row.value == share_interval(labels == torch.tensor(noisy.labels))

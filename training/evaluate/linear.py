@@ -140,20 +140,11 @@ class FittedProbe:
     """In [0, 1], by learning rate; see `choose` for how one is chosen."""
 
 
-@dataclass(frozen=True)
-class LinearResult(FittedProbe):
-    """What a linear probe found."""
-
-    correct: Tensor
-    """(N,) whether each test image is classified rightly."""
-
-
 def fit_probe(
     train: Features,
     *,
     rates: tuple[float, ...] = LEARNING_RATES,
     epochs: int = 100,
-    batch_size: int = 256,
     share: float = 0.1,
     seed: int = 0,
     device: str = "cpu",
@@ -164,7 +155,6 @@ def fit_probe(
         train: Features to learn from.
         rates: To choose from.
         epochs: Passes over the features.
-        batch_size: Rows a step.
         share: Of `train` to hold back.
         seed: Decides what is held back, and orders.
         device: Where heads are trained.
@@ -173,40 +163,9 @@ def fit_probe(
         ValueError: If nothing can be held back.
     """
     fit, held = hold_back(train, share, seed)
-    sweep = train_probe(train.take(fit), rates, epochs=epochs, batch_size=batch_size, seed=seed, device=device)
+    sweep = train_probe(train.take(fit), rates, epochs=epochs, seed=seed, device=device)
     right, losses = judge(sweep, train.take(held))
     best = rates[choose(right, losses)]
-    probe = train_probe(train, (best,), epochs=epochs, batch_size=batch_size, seed=seed, device=device)
+    probe = train_probe(train, (best,), epochs=epochs, seed=seed, device=device)
     by_rate = dict(zip(rates, right.double().mean(dim=1).tolist(), strict=True))
     return FittedProbe(probe, best, by_rate)
-
-
-def linear_probe(
-    train: Features,
-    test: Features,
-    *,
-    rates: tuple[float, ...] = LEARNING_RATES,
-    epochs: int = 100,
-    batch_size: int = 256,
-    share: float = 0.1,
-    seed: int = 0,
-    device: str = "cpu",
-) -> LinearResult:
-    """`fit_probe`, and one test.
-
-    Args:
-        train: Features to learn from.
-        test: Features to be judged by.
-        rates: To choose from.
-        epochs: Passes over the features.
-        batch_size: Rows a step.
-        share: Of `train` to hold back.
-        seed: Decides what is held back, and orders.
-        device: Where heads are trained.
-
-    Raises:
-        ValueError: If nothing can be held back.
-    """
-    fitted = fit_probe(train, rates=rates, epochs=epochs, batch_size=batch_size, share=share, seed=seed, device=device)
-    correct = judge(fitted.probe, test)[0][0]
-    return LinearResult(fitted.probe, fitted.learning_rate, fitted.held_back_accuracy, correct)

@@ -8,7 +8,7 @@ from training.evaluate.features import Features
 from training.evaluate.few_shot import few_shot
 from training.evaluate.intervals import mean_interval, pack_bits, share_interval
 from training.evaluate.knn import TEMPERATURE, knn_predict
-from training.evaluate.linear import linear_probe
+from training.evaluate.linear import fit_probe, judge
 from training.evaluate.rows import Row
 
 
@@ -55,18 +55,17 @@ def run_knn(train: Features, test: Features, settings: Settings, device: str = "
 def run_linear(train: Features, test: Features, settings: Settings, device: str = "cpu") -> Iterator[Row]:
     """Linear probe, its heads trained on the device."""
     started = time.monotonic()
-    result = linear_probe(
-        train, test, epochs=settings.epochs, share=settings.hold_back, seed=settings.seed, device=device
-    )
+    fitted = fit_probe(train, epochs=settings.epochs, share=settings.hold_back, seed=settings.seed, device=device)
+    right = judge(fitted.probe, test)[0][0]  # (N,)
     yield Row(
         protocol="linear",
-        setting=f"lr={result.learning_rate:g}",
+        setting=f"lr={fitted.learning_rate:g}",
         metric="accuracy",
-        value=share_interval(result.correct),
+        value=share_interval(right),
         seconds=time.monotonic() - started,
         detail={
-            "held_back_accuracy": {f"{rate:g}": value for rate, value in result.held_back_accuracy.items()},
-            "right": pack_bits(result.correct),
+            "held_back_accuracy": {f"{rate:g}": value for rate, value in fitted.held_back_accuracy.items()},
+            "right": pack_bits(right),
         },
     )
 

@@ -30,7 +30,7 @@ from perceptual_mae_models.features import FeatureExtractor
 from training.data.images import ImageSource
 from training.evaluate.features import Features, cut, extract, load_views
 from training.evaluate.knn import knn_predict
-from training.evaluate.linear import LEARNING_RATES, linear_probe
+from training.evaluate.linear import LEARNING_RATES, fit_probe, judge
 
 KS = (10, 20, 100, 200)
 
@@ -105,7 +105,7 @@ def measure_protocols(options: Options) -> dict[str, dict[str, float]]:
     train, test = Features(rows[:cut], labels[:cut], names), Features(rows[cut:], labels[cut:], names)
     return {
         "knn": _timed(lambda: knn_predict(train.rows, train.labels, test.rows, KS)),
-        "linear": _timed(lambda: linear_probe(train, test, epochs=options.epochs)),
+        "linear": _timed(lambda: judge(fit_probe(train, epochs=options.epochs).probe, test)),
     }
 
 
