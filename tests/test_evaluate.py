@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.utils.data import Dataset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from perceptual_mae_models.features import FeatureExtractor
@@ -25,7 +27,7 @@ from perceptual_mae_models.reconstruction import middle
 from training.data.images import ImageSource
 from training.evaluate import features as cached
 from training.evaluate.command import evaluate, main
-from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model
+from training.evaluate.features import Features, extract, fingerprint_data, fingerprint_model, load_items
 from training.evaluate.few_shot import draw_shots, few_shot
 from training.evaluate.intervals import mean_interval, sample_interval, share_interval, unpack_bits
 from training.evaluate.linear import Standardise, choose, fit_probe, judge, train_probe
@@ -108,6 +110,20 @@ def test_a_broken_image_stops_by_name(photos: Path, extractor: FeatureExtractor,
     for workers in (0, 1):
         with pytest.raises(ImageError, match=r"broken\.png"):
             extract(extractor, ImageSource(tmp_path), workers=workers)
+
+
+class Stuck(Dataset[int]):
+    """Its items come too late."""
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(3)
+        return index
+
+
+def test_a_loader_that_gives_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "LOADER_PATIENCE", 0.5)
+    with pytest.raises(RuntimeError, match="timed out"):
+        next(load_items(Stuck(), [[0]], workers=1))
 
 
 def test_models_by_every_kind_of_name(tmp_path: Path) -> None:

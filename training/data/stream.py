@@ -208,6 +208,7 @@ def create_stream_loader(views: StreamViews, *, workers: int) -> Iterable[Batch]
         workers: Loader processes, rounded down to a number that divides the lanes; 0 loads in this process.
     """
     workers = max((number for number in (1, 2, 4, 8) if number <= min(workers, views.lanes)), default=0)
+    # no timeout: a resumed run reads again, before its first batch, what the epoch had consumed, which may take hours
     loader: DataLoader[Any] = DataLoader(
         views,
         batch_size=None,

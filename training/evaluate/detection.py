@@ -15,18 +15,16 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from perceptual_mae_models.images import ImageError
 from training.data.boxes import DetectionViews, Target, fit_to_canvas
 from training.data.coco import CocoSource, Objects, decode_masks, encode_mask, open_coco
 from training.evaluate.average_precision import AveragePrecision, Predictions, average_precision
 from training.evaluate.dense import DenseData, DenseSettings, Mode, create_optimizer, learn
-from training.evaluate.features import combine, fingerprint_data, fingerprint_model
+from training.evaluate.features import combine, cut, fingerprint_data, fingerprint_model, load_items
 from training.evaluate.models import open_model
 from training.evaluate.rows import Place, Row
 from training.evaluate.split import refuse_copies
@@ -116,17 +114,9 @@ def predict(network: nn.Module, source: CocoSource, settings: DetectionSettings,
     Raises:
         ImageError: At an image that does not decode, or is not of the size that its json says.
     """
-    views, device = _views(source, settings), next(network.parameters()).device
-    loader: DataLoader[Any] = DataLoader(
-        Subset(views, range(len(source))),
-        batch_size=settings.batch_size,
-        num_workers=place.engine.workers,
-        collate_fn=list,
-    )
+    batches, device = cut(range(len(source)), settings.batch_size), next(network.parameters()).device
     found: list[Predictions] = []
-    for items in loader:
-        if broken := next((item for item in items if isinstance(item, ImageError)), None):
-            raise broken
+    for items in load_items(_views(source, settings), batches, place.engine.workers):
         for (view, _), result in zip(items, network([view.to(device) for view, _ in items]), strict=True):
             size = source.size(len(found))
             boxes = resize_boxes(result["boxes"], view.shape[1:], size).float().cpu()

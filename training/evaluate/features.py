@@ -80,6 +80,31 @@ def cut(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
 
 
+def load_items(dataset: "Dataset[Any]", batches: Sequence[list[int]], workers: int) -> Iterator[list[Any]]:
+    """Items of a data set, a batch at a time.
+
+    Args:
+        dataset: By number. Gives an `ImageError` in place of an item whose image does not decode.
+        batches: Numbers of the items of each batch.
+        workers: Processes that decode.
+
+    Raises:
+        ImageError: At an image that does not decode: a figure over fewer images is another one.
+        RuntimeError: If nothing comes for `LOADER_PATIENCE`.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=list,
+        timeout=LOADER_PATIENCE if workers else 0,
+    )
+    for items in loader:
+        if broken := next((item for item in items if isinstance(item, ImageError)), None):
+            raise broken
+        yield items
+
+
 def load_views(
     source: ImageSource, transform: Transform, batches: Sequence[list[int]], workers: int
 ) -> Iterator[Tensor]:
@@ -88,23 +113,10 @@ def load_views(
     Args:
         source: The images.
         transform: What is done to each.
-        batches: Numbers of the images of each batch.
-        workers: Processes that decode.
-
-    Raises:
-        ImageError: At an image that does not decode: an accuracy over fewer images is another one.
+        batches: See `load_items`, as for the rest.
+        workers: See there.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _Views(source, transform),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=list,
-        timeout=LOADER_PATIENCE if workers else 0,
-    )
-    for batch in loader:
-        if broken := next((view for view in batch if isinstance(view, ImageError)), None):
-            raise broken
-        yield torch.stack(batch)
+    return map(torch.stack, load_items(_Views(source, transform), batches, workers))
 
 
 def extract(

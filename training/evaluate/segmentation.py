@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop, functional
 
 from perceptual_mae_models.images import ImageError
@@ -21,7 +21,7 @@ from training.data.masks import VOID, MaskSource, open_masks
 from training.data.sampler import ImageKey
 from training.evaluate.dense import DenseData, DenseSettings, Mode, create_optimizer, learn
 from training.evaluate.encoders import build_encoder
-from training.evaluate.features import combine, fingerprint_data, fingerprint_weights
+from training.evaluate.features import combine, cut, fingerprint_data, fingerprint_weights, load_items
 from training.evaluate.iou import bootstrap, count_pixels, score
 from training.evaluate.rows import Place, Row
 from training.evaluate.split import refuse_copies
@@ -154,16 +154,9 @@ def predict(
     Raises:
         ImageError: At an image that does not decode.
     """
-    loader: DataLoader[Any] = DataLoader(
-        SegmentationViews(source, settings),
-        batch_size=min(place.batch_size, settings.batch_size),
-        num_workers=place.engine.workers,
-        collate_fn=list,
-    )
+    batches = cut(range(len(source)), min(place.batch_size, settings.batch_size))
     device = next(network.parameters()).device
-    for batch in loader:
-        if broken := next((item for item in batch if isinstance(item, ImageError)), None):
-            raise broken
+    for batch in load_items(SegmentationViews(source, settings), batches, place.engine.workers):
         logits = network(torch.stack([image for image, _ in batch]).to(device)).float()
         for (image, truth), own in zip(batch, logits, strict=True):
             full = F.interpolate(own[None], truth.shape, mode="bilinear", align_corners=False)
