@@ -129,8 +129,11 @@ def test_a_dry_run_needs_no_run_folder_and_says_whose_batch_does_not_fit(
     on_photos = ["mae", "--dry-run", "--model", "vit_pico_patch8_pmae", "--data", str(photos)]
     with pytest.raises(SystemExit, match="--batch-size 128 is more than there are images, 24"):
         pretrain.main(on_photos)
-    pretrain.main([*on_photos, "--batch-size", "24"])
-    assert "24 images an epoch" in capsys.readouterr().out
+    pretrain.main([*on_photos, "--batch-size", "20"])  # as the command itself, in one process
+    told = capsys.readouterr().out
+    assert "24 images an epoch" in told
+    assert "+ 20 images of" in told
+    assert "devices              1, with 1 pass(es) a step" in told
     with pytest.raises(SystemExit, match=r"multiple of 32 for 8 process.*--devices says how many processes are meant"):
         pretrain.main(["debug", "--dry-run"])
     pretrain.main(["debug", "--dry-run", "--devices", "1"])

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -34,7 +35,7 @@ from training.recipes import recipe_from_json
 from training.run.folder import create_run_folder, own_run_folder
 from training.step import reconstruction_loss
 from training.team import create_team
-from training.weights import load_autoencoder
+from training.weights import load_autoencoder, open_embedded
 
 ROOT = Path(__file__).parents[1]
 # a fraction of a second a step: the smallest decoder that the recipe allows behind the smallest encoder
@@ -222,7 +223,7 @@ def test_exported_encoder_loads_in_timm_and_decoder_behind_it(straight: Path) ->
 
 def test_runs_are_compared_on_the_same_images(photos: Path, straight: Path, tmp_path: Path) -> None:
     shutil.copytree(straight, tmp_path / "copy")
-    compare.main((straight, tmp_path / "copy"), data=photos, count=2, out=tmp_path / "out.png")
+    compare.main((str(straight), str(tmp_path / "copy")), data=photos, count=2, out=tmp_path / "out.png")
     picture = np.asarray(Image.open(tmp_path / "out.png"))
     tile, step = 3 * 64, 3 * 64 + 14
     right = picture.shape[1] - 36 - tile  # the second image of each row
@@ -233,12 +234,24 @@ def test_runs_are_compared_on_the_same_images(photos: Path, straight: Path, tmp_
     assert 0.2 < shown.mean() < 0.4, "a quarter of the patches is visible"
     assert np.array_equal(one[shown], original[shown])
     with pytest.raises(SystemExit, match="a run writes it at its end"):
-        compare.main((tmp_path,))
+        compare.main((str(tmp_path),))
+    with pytest.raises(SystemExit, match="name the runs"):
+        compare.main(())
     with pytest.raises(SystemExit, match="--count is 9: without --data there are 6 photographs"):
-        compare.main((straight,), count=9)
+        compare.main((str(straight),), count=9)
     for wrong in ({"data": tmp_path / "nowhere"}, {"out": tmp_path / "nowhere" / "out.png"}):
         with pytest.raises(SystemExit, match=r"compare\.py: .*nowhere"):
-            compare.main((straight,), **wrong)
+            compare.main((str(straight),), **wrong)
+
+
+def test_the_packages_own_autoencoder_rebuilds_ones_own_images(photos: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        compare.main(("vit_pico_patch8_pmae.mae_imagenette",), data=photos, count=2, out=tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    network, recipe = open_embedded("vit_pico_patch8_pmae.mae_imagenette")
+    assert recipe.method == "mae"
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.height == 92 + 3 * (3 * network.image_size[0] + 14) - 14 + 36
 
 
 def test_killed_and_resumed_ends_bit_equal(photos: Path, straight: Path, tmp_path: Path) -> None:
@@ -429,7 +442,13 @@ def test_a_share_of_broken_images_is_skipped_and_too_many_stop(
     (data / "00.png").write_bytes(b"")
     arguments = ("mae", "--data", data, *TINY, "--steps", 3)
     run_here(*arguments, "--out", tmp_path / "tolerant", "--max-broken", 0.1)
-    assert "skipped an image that does not decode: 00.png: empty" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "mae, vit_pico_patch8_pmae: 3 steps of 8 images on 1 x cpu" in told.err
+    assert "skipped an image that does not decode: 00.png: empty" in told.err
+    assert re.search(r"step 3/3  left 00:00  loss \d", told.err)
+    assert (
+        told.out == f"{tmp_path / 'tolerant' / 'encoder.safetensors'}: of step 3, the last; its decoder is beside it\n"
+    )
     assert metrics(tmp_path / "tolerant")[-1]["broken"] == 1
     strict = (*arguments, "--out", tmp_path / "strict", "--checkpoint-every", 1)
     said = fail_here(*strict, "--max-broken", 0)

@@ -8,6 +8,7 @@ A run is a folder with the `encoder.safetensors` and `decoder.safetensors` that 
 from pathlib import Path
 from typing import Annotated
 
+import timm
 import torch
 import tyro
 from torch import Tensor
@@ -19,11 +20,11 @@ from training.data.images import ImageSource
 from training.demo import REBUILT
 from training.grids import labelled_rows
 from training.run.seeding import generator
-from training.weights import open_run
+from training.weights import open_embedded, open_run
 
 
 def main(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional],
     data: Path | None = None,
     count: int = 6,
     seed: int = 0,
@@ -32,7 +33,7 @@ def main(
     """Draw originals, what the encoders see, and a row of reconstructions for each run.
 
     Args:
-        runs: Folders of finished runs, of encoders with the same image and patch size.
+        runs: Folders of finished runs, or models whose decoders come with the package, of one image and patch size.
         data: Folder or tar of images, of which the first ones are taken; by default photographs of scikit-image and
             scikit-learn.
         count: Images to show.
@@ -46,7 +47,7 @@ def main(
     print(out)
 
 
-def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: Path) -> None:
+def draw(runs: tuple[str, ...], data: Path | None, count: int, seed: int, out: Path) -> None:
     """Do what `main` says.
 
     Raises:
@@ -54,7 +55,11 @@ def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: 
         ValueError: If an image does not decode, or runs have nothing to compare.
         RuntimeError: If a run's files do not fit its recipe.
     """
-    networks = [open_run(folder) for folder in runs]
+    if not runs:
+        raise ValueError("name the runs: folders that pretraining left, or vit_pico_patch8_pmae for the package's own")
+    networks = [
+        open_embedded(run) if timm.is_model(run) and not Path(run).exists() else open_run(Path(run)) for run in runs
+    ]
     shapes = {(network.image_size, network.num_patches, network.mask_ratio) for network, _ in networks}
     if len(shapes) != 1:
         raise ValueError("the runs differ in image size, patch size or mask ratio")
@@ -77,11 +82,11 @@ def draw(runs: tuple[Path, ...], data: Path | None, count: int, seed: int, out: 
         rebuild(network.eval(), batch, masking, norm_pix_loss=recipe.norm_pix_loss) for network, recipe in networks
     ]
     rows: dict[str, Tensor] = {"original": batch, f"{mask_ratio:.0%} hidden": views[0].masked}
-    rows |= {str(folder): view.pasted for folder, view in zip(runs, views, strict=True)}
-    if len({folder.parent for folder in runs}) == 1:
-        rows = {Path(label).name: images for label, images in rows.items()}
+    alike = len({Path(run).parent for run in runs}) == 1
+    labels = [Path(run).name if alike else run for run in runs]
+    rows |= {label: view.pasted for label, view in zip(labels, views, strict=True)}
     note = f"{height} x {width} pixels; visible patches as they are"
-    helped = [folder.name for folder, (_, recipe) in zip(runs, networks, strict=True) if recipe.norm_pix_loss]
+    helped = [label for label, (_, recipe) in zip(labels, networks, strict=True) if recipe.norm_pix_loss]
     if helped:
         note += f"; {', '.join(helped)}: colour and contrast of each hidden patch from the original"
     labelled_rows(rows, "Masked photographs, rebuilt", note, scale=max(1, 192 // height)).save(out)

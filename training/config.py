@@ -19,7 +19,7 @@ class Runtime:
     """Loader processes per training process; 0 loads in the training process."""
     cache_images: bool = False
     """Keep decoded images in the memory of every loader process (4 bytes a pixel), for small data sets."""
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     micro_batches: int = 1
     """Passes a step is cut into on each process; the gradients add up. More passes need less memory."""
@@ -105,8 +105,8 @@ class Estimate:
 
     images: int = IMAGENET_IMAGES
     """Size of the data set where no --data is given; ImageNet-1K's by default."""
-    devices: int = 8
-    """Processes, one a device."""
+    devices: int | None = None
+    """Processes, one a device. None: with --data those of the command itself, without it 8."""
     peak_tflops: float = 312.0
     """A device's matrix-product peak in bf16, 10^12 operations a second; an A100's by its data sheet."""
     fp32_peak_tflops: float = 19.5
@@ -116,7 +116,7 @@ class Estimate:
 
     def __post_init__(self) -> None:
         for name in ("images", "devices", "peak_tflops", "fp32_peak_tflops", "assumed_utilisation"):
-            if (value := getattr(self, name)) <= 0:
+            if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
 
 

@@ -165,7 +165,8 @@ def describe(
     recipe: Recipe,
     *,
     num_images: int | None,
-    per_device: int,
+    devices: int,
+    micro_batches: int,
     peak_tflops: float,
     fp32_peak_tflops: float,
     utilisation: float,
@@ -176,7 +177,8 @@ def describe(
     Args:
         recipe: The run.
         num_images: Size of the data set; None: a stream that does not say, whose recipe says `steps`.
-        per_device: Images of one pass on one device.
+        devices: Processes, one a device.
+        micro_batches: Passes a step is cut into on each.
         peak_tflops: The device's matrix-product peak in bf16, 10^12 operations a second.
         fp32_peak_tflops: The same in float32.
         utilisation: Share of the peaks that the run reaches.
@@ -192,6 +194,7 @@ def describe(
         seconds += compute_seconds(*before, peak_tflops, fp32_peak_tflops) * plain_steps
     hours = seconds * recipe.batch_size / utilisation / 3600
     fixed, image = cost.state_bytes + cost.cast_bytes, cost.activation_bytes
+    per_device = recipe.batch_size // (devices * micro_batches)
     lines = [f"{name:<20} {value}" for name, value in dataclasses.asdict(recipe).items()]
     lines += ["", "parameters (10^6)"]
     lines += [f"  {name:<18} {number / 1e6:.1f}" for name, number in cost.parameters.items()]
@@ -200,6 +203,7 @@ def describe(
     lines += [
         f"  {'all':<18} {cost.gflop_per_image:.2f}, {cost.fp32_gflop:.2f} of them in float32",
         "",
+        f"devices              {devices}, with {micro_batches} pass(es) a step (--devices, --micro-batches)",
         f"memory per device    {fixed / 2**30:.2f} GiB of weights, gradients and optimiser state"
         f" + {per_device} images of {image / 2**20:.1f} MiB"
         f" = {(fixed + per_device * image) / 2**30:.2f} GiB, before torch's own overhead",

@@ -43,7 +43,7 @@ from training.networks.discriminator import STDDEV_GROUP
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.run.checkpoint import ResumeError, load_checkpoint
 from training.run.clock import StepClock
-from training.run.engine import create_accelerator, require_same_step
+from training.run.engine import count_processes, create_accelerator, require_same_step
 from training.run.folder import RunError, create_run_folder, find_checkpoint, own_run_folder, versions
 from training.run.record import Intervals, RunRecord
 from training.run.schedule import create_scheduler
@@ -107,6 +107,11 @@ def pretrain(config: Config) -> None:
     with own_run_folder(out) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             create_run_folder(out, description)
+            print(
+                f"{recipe.method}, {recipe.model}: {total_steps} steps of {recipe.batch_size} images on "
+                f"{accelerator.num_processes} x {accelerator.device.type}, into {out}",
+                file=sys.stderr,
+            )
         accelerator.init_trackers(
             "perceptual_mae_models", config={k: str(v) for k, v in dataclasses.asdict(recipe).items()}
         )
@@ -121,6 +126,7 @@ def pretrain(config: Config) -> None:
         if accelerator.is_main_process:
             save_run_weights(out, team.exported, recipe, progress)
             save_curves(out / "metrics.jsonl", out / "curves.png")
+            print(f"{out / 'encoder.safetensors'}: of step {progress['step']}, the last; its decoder is beside it")
         accelerator.end_training()
 
 
@@ -248,17 +254,19 @@ def peak_share(recipe: Recipe, accelerator: Accelerator) -> Callable[[int], floa
 def dry_run(config: Config) -> str:
     """What the command would do and cost."""
     estimate = config.estimate
+    devices = estimate.devices or (count_processes() if config.feed else 8)
     try:
-        check_batch(config.recipe, config.runtime, estimate.devices)
+        check_batch(config.recipe, config.runtime, devices)
     except ValueError as error:
-        raise ValueError(f"{error}; --devices says how many processes are meant, --dry-run takes 8") from error
+        raise ValueError(f"{error}; --devices says how many processes are meant") from error
     size = num_images(config.feed.open()) if config.feed else estimate.images
     config.recipe.check_data(size)
     return describe(
         config.recipe,
         num_images=size,
         grad_checkpointing=config.runtime.grad_checkpointing,
-        per_device=config.recipe.batch_size // (estimate.devices * config.runtime.micro_batches),
+        devices=devices,
+        micro_batches=config.runtime.micro_batches,
         peak_tflops=estimate.peak_tflops,
         fp32_peak_tflops=estimate.fp32_peak_tflops,
         utilisation=estimate.assumed_utilisation,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, start_step: int, total_steps: int, enabled: bool) -> None:
         self.path = path
         self.enabled = enabled
+        self.start_step, self.total_steps, self.started = start_step, total_steps, time.monotonic()
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None if enabled else True)
         if enabled and path.exists():
             kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
@@ -37,9 +39,12 @@ class MetricsLog:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
-        shown = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        shown = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items() if name != "step")
         if self.bar.disable:
-            self.note(shown)
+            step = int(metrics["step"])
+            done, left = max(1, step - self.start_step), self.total_steps - step
+            time_left = tqdm.format_interval((time.monotonic() - self.started) / done * left)
+            self.note(f"step {step}/{self.total_steps}  left {time_left}  {shown}")
         else:
             self.bar.set_postfix_str(shown, refresh=False)
 

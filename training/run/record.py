@@ -113,13 +113,12 @@ class RunRecord:
         for image in broken:
             self.log.note(f"skipped an image that does not decode: {image}")
         self.log.advance()
+        self.lr = lr
         last = self.step == self.total_steps
         checkpoint = last or _due(self.step, self.intervals.checkpoint)
-        # what a checkpoint holds was looked at first: a line of metrics comes with each
-        self.lr = lr
         measure = self.measure is not None and (last or _due(self.step, self.intervals.measure))
         if checkpoint or measure or _due(self.step, self.intervals.log):
-            self._report(measure=measure)
+            self._report(measure=measure)  # before saving, so that no checkpoint holds a loss that is not finite
         if last or _due(self.step, self.intervals.grid):
             self._draw()
         if checkpoint:
