@@ -103,7 +103,12 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
 
     Returns:
         The masking; K = int(L * (1 - mask_ratio)) patches stay visible.
+
+    Raises:
+        ValueError: If there is no such share.
     """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio is {mask_ratio}: it must be at least 0 and below 1")
     length = noise.shape[1]
     num_keep = int(length * (1 - mask_ratio))
     ids_shuffle = noise.argsort(dim=1)
@@ -121,8 +126,11 @@ def given_masking(mask: Tensor) -> Masking:
         The masking; the encoder sees the visible patches in their order on the grid.
 
     Raises:
-        ValueError: If the rows hide different numbers of patches, which no rectangular batch can hold.
+        ValueError: If the mask is not a row an image, or the rows hide different numbers of patches, which no
+            rectangular batch can hold.
     """
+    if mask.ndim != 2:
+        raise ValueError(f"a mask is (N, L), a row an image, not {tuple(mask.shape)}: flatten the grid row by row")
     hidden: list[int] = mask.bool().sum(dim=1).tolist()
     if len(set(hidden)) != 1:
         raise ValueError(f"one batch hides the same number of patches in every image, not {hidden}")
@@ -193,11 +201,13 @@ class MaskedAutoencoder(nn.Module):
             of the same shape, in the decoder's order.
 
         Raises:
-            ValueError: If the images have another size than the encoder was built for, or are not RGB.
+            ValueError: If the images have another size than the encoder was built for, or are not RGB, or are bytes.
         """
         if images.shape[1:] != (3, *self.image_size):
             height, width = self.image_size
             raise ValueError(f"images are {tuple(images.shape)}; this network takes (N, 3, {height}, {width})")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; this network takes floats in [0, 1]: divide bytes by 255")
         encoder, cls_token, pos_embed = self.encoder, self.encoder.cls_token, self.encoder.pos_embed
         assert cls_token is not None
         assert pos_embed is not None
@@ -221,16 +231,23 @@ class MaskedAutoencoder(nn.Module):
         preds: tuple[Tensor, ...] = self.decoder(latent, skips, ids_restore, self.grad_checkpointing)
         return preds
 
-    def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """Mask, encode, decode.
 
         Args:
             images: (N, 3, H, W) in [0, 1].
-            noise: (N, L), decides the mask, see `random_masking`.
+            noise: (N, L), decides the mask, see `random_masking`. None: drawn by torch's own generator.
 
         Returns:
             The prediction with its mask and latent.
+
+        Raises:
+            ValueError: If images or noise are not as said.
         """
+        if noise is None:
+            noise = torch.rand(len(images), self.num_patches, device=images.device)
+        if noise.shape != (len(images), self.num_patches):
+            raise ValueError(f"noise is {tuple(noise.shape)}; it is a row an image, of {self.num_patches} patches")
         ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
         latent, skips = self.encode(images, ids_keep)
         return Reconstruction(self.decode(latent, skips, ids_restore), mask, latent)

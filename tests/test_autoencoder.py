@@ -11,6 +11,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from perceptual_mae_models.autoencoder import (
     MaskedAutoencoder,
     build_autoencoder,
+    given_masking,
     image_pyramid,
     init_mae_weights,
     normalise_patches,
@@ -262,3 +263,28 @@ def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     )
     with pytest.raises(ValueError, match=r"takes \(N, 3, 64, 64\)"):
         network(torch.rand(shape), torch.rand(1, 64))
+
+
+def test_noise_masks_and_bytes_that_mean_nothing_are_refused_by_name() -> None:
+    network, images = small_autoencoder().eval(), torch.rand(2, 3, 32, 32)
+    for mask_ratio in (1.0, 1.5, -0.5):
+        with pytest.raises(ValueError, match=f"mask_ratio is {mask_ratio}"):
+            random_masking(torch.rand(2, 16), mask_ratio)
+    with pytest.raises(ValueError, match=r"not \(2, 4, 4\): flatten the grid"):
+        given_masking(torch.ones(2, 4, 4))
+    for shape in ((2, 17), (1, 16)):
+        with pytest.raises(ValueError, match=r"a row an image, of 16 patches"):
+            network(images, torch.rand(shape))
+    with pytest.raises(ValueError, match=r"torch\.uint8.*divide bytes by 255"):
+        network((images * 255).byte())
+
+
+def test_without_noise_torchs_generator_decides_the_mask() -> None:
+    network, images = small_autoencoder().eval(), torch.rand(2, 3, 32, 32)
+    torch.manual_seed(3)
+    drawn = network(images)
+    torch.manual_seed(3)
+    given = network(images, torch.rand(2, 16))
+    assert torch.equal(drawn.mask, given.mask)
+    assert torch.equal(drawn.pred, given.pred)
+    assert not torch.equal(network(images).mask, drawn.mask)
