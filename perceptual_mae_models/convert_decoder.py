@@ -33,7 +33,7 @@ def convert_decoder(
     heads: int | None = None,
     norm_pix_loss: bool | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Make a decoder file's tensors and metadata, such that `training.weights.load_autoencoder` reads them.
+    """Make a decoder file's tensors and metadata, such that `reconstruction.load_autoencoder` reads them.
 
     The `recipe` in the metadata holds what is known of the training, and no more: who reads it fills the other fields
     with their defaults, which say nothing of this checkpoint.

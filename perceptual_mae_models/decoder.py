@@ -104,7 +104,7 @@ class Decoder(nn.Module):
 
         Args:
             latent: (N, 1 + K, encoder_dim): class token, then the visible patches.
-            skips: None.
+            skips: Empty: no output of the encoder but the last joins this decoder.
             ids_restore: (N, L), see `Masking`.
             again: See `run_block`.
 

@@ -27,9 +27,9 @@ MEAN = "Mean of heads"
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # gradio's own would come from Google
 NO_IMAGE = "Choose an image first."
 IDLE_SECONDS = 3600
+"""After this a visitor's image and uploads are forgotten."""
 SESSIONS = 100
 """Visitors whose image is kept, up to 13 MB each; the oldest go first."""
-"""After this a visitor's image and uploads are forgotten."""
 
 
 @dataclass(frozen=True)
