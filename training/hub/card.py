@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import PretrainedCfg
 
 from perceptual_mae_models.hub import HUB_ORGANISATION
+from training.cost import IMAGENET_IMAGES
 from training.recipes import METHODS as RECIPES
 
 METHODS = {
@@ -29,7 +30,7 @@ METHODS = {
     ),
 }
 DATASETS = {
-    "in1k": ("ImageNet-1K", "ILSVRC/imagenet-1k", 1_281_167),
+    "in1k": ("ImageNet-1K", "ILSVRC/imagenet-1k", IMAGENET_IMAGES),
     "imagenette": ("Imagenette", "frgfm/imagenette", 9_469),
 }
 """What the end of a registered tag says of the training images: title, id on the Hub, how many there are."""
