@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
 from perceptual_mae_models.convert_facts import compare_facts
 from perceptual_mae_models.convert_sources import Source, describe_source
 from perceptual_mae_models.files import replace_file
+from perceptual_mae_models.vision_transformer_pmae import list_encoders
 from perceptual_mae_models.weights import (
     ENCODER_PARTS,
     HEAD_PARTS,
@@ -144,7 +144,7 @@ def convert_encoder(
 def registered_shapes() -> dict[str, EncoderShape]:
     """The shapes of this package's models, by their names."""
     shapes = {}
-    for name in timm.list_models(module="vision_transformer_pmae"):
+    for name in list_encoders():
         encoder = _build_on_meta(name)
         tokens = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
         shapes[name] = EncoderShape(encoder.embed_dim, len(encoder.blocks), encoder.patch_embed.patch_size[0], tokens)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, list_models
+from timm.models import PretrainedCfg
 
 from .hub import WEIGHTS, IntegrityError, find_repository
 from .weights import CheckpointError
@@ -118,12 +118,9 @@ def _describe_unavailable(cfg: PretrainedCfg, error: Exception) -> str:
 
 
 def _available_weights() -> list[str]:
-    return [
-        name
-        for architecture in list_models(module="vision_transformer_pmae")
-        for name, cfg in get_arch_pretrained_cfgs(architecture).items()
-        if NOT_PUBLISHED not in (cfg.notes or ())
-    ]
+    from .vision_transformer_pmae import facts_of, list_encoders  # which needs this module to be imported
+
+    return [name for name in list_encoders(tags=True) if NOT_PUBLISHED not in (facts_of(name).notes or ())]
 
 
 def _model_name(cfg: PretrainedCfg) -> str:

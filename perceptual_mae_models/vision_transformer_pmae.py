@@ -21,6 +21,8 @@ from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
+    get_pretrained_cfg,
+    list_models,
     register_model,
     resolve_pretrained_cfg,
 )
@@ -33,7 +35,8 @@ from .weights import checkpoint_filter_fn
 
 __all__: list[str] = []  # a list because timm's `register_model` appends to it
 
-_EMBEDDED = Path(__file__).parent / "pretrained"
+EMBEDDED = Path(__file__).parent / "pretrained"
+"""Where weights lie that come with the package, each with what is known of it: NAME.safetensors, NAME.json."""
 
 _PERCEPTUAL_MAE_PAPER = {
     "paper_name": "Improving Visual Representation Learning through Perceptual Understanding",
@@ -95,7 +98,7 @@ def _facebook_mae_cfg(timm_name: str) -> dict[str, Any]:
 _PICO_CFGS = _method_cfgs("vit_pico_patch8_pmae", "imagenette", 64)
 _PICO_MAE_CFG = {
     **_PICO_CFGS.pop("vit_pico_patch8_pmae.mae_imagenette"),
-    "file": str(_EMBEDDED / "vit_pico_patch8_pmae.mae_imagenette.safetensors"),
+    "file": str(EMBEDDED / "vit_pico_patch8_pmae.mae_imagenette.safetensors"),
     "notes": None,
 }
 
@@ -114,6 +117,29 @@ default_cfgs = generate_default_cfgs(
         "vit_huge_patch14_pmae.fb_mae_in1k": _facebook_mae_cfg("vit_huge_patch14_224.mae"),
     }
 )
+
+
+def list_encoders(pattern: str = "", *, tags: bool = False) -> list[str]:
+    """Names of our encoders, of those that match a pattern; `tags`: of their weights, `<architecture>.<tag>`."""
+    return list_models(pattern, module="vision_transformer_pmae", include_tags=tags)
+
+
+def facts_of(name: str) -> PretrainedCfg:
+    """The facts of a tag of ours, or of an architecture's default one.
+
+    Raises:
+        ValueError: If we have none of this name.
+    """
+    if name not in (*list_encoders(), *list_encoders(tags=True)):
+        raise ValueError(f"{name} is no model of ours; `pmae list` names all")
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None, f"timm lists {name} without a configuration"
+    return cfg
+
+
+def decoder_beside(encoder: Path) -> Path:
+    """Where the decoder of an encoder's file lies in the package: NAME.decoder.safetensors beside NAME.safetensors."""
+    return encoder.with_suffix(".decoder.safetensors")
 
 
 def _vision_transformer(**kwargs: Any) -> VisionTransformer:

@@ -402,7 +402,11 @@ def test_what_cannot_be_downloaded_or_verified_is_told(
     status, _, err = run(capsys, "verify", tmp_path)
     assert status == 1
     assert f"{tmp_path} holds no manifest.json" in err
-    assert run(capsys, "download", "vit_no_such_model")[0] == 1
+    for command in ("download", "verify"):
+        status, _, err = run(capsys, command, "vit_no_such_model")
+        assert (status, err) == (1, "pmae: error: vit_no_such_model is no model of ours; `pmae list` names all\n")
+    status, _, err = run(capsys, "verify", tmp_path / "none")
+    assert (status, err) == (1, f"pmae: error: there is no folder {tmp_path / 'none'}\n")
     status, _, err = run(capsys, "verify", "vit_base_patch16_pmae.fb_mae_in1k")
     assert status == 1
     assert "timm/vit_base_patch16_224.mae is not a repository of ours and has no manifest to verify against" in err

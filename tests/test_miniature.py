@@ -17,13 +17,14 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
+from perceptual_mae_models.vision_transformer_pmae import EMBEDDED, facts_of
 from training import pretrain
 from training.data.images import ImageSource
 from training.evaluate.intervals import pack_bits, student_interval
 from training.evaluate.models import open_model
 from training.evaluate.options import Options
 from training.hub.card import write_card
-from training.hub.repository import EMBEDDED, build_config, facts_of
+from training.hub.repository import build_config
 from training.miniature.alike import SHARED
 from training.miniature.cards import fill_cards, weights_of
 from training.miniature.cells import (

@@ -22,6 +22,7 @@ from test_hub import server  # noqa: F401  (a fixture)
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders)
 from perceptual_mae_models.hub import IntegrityError
+from perceptual_mae_models.vision_transformer_pmae import facts_of
 from training import export, hub_configs, pretrain, publish
 from training.evaluate.models import describe_model
 from training.hub.card import describe_protocol, describe_results
@@ -29,7 +30,6 @@ from training.hub.repository import (
     TIMM_TWINS,
     build_config,
     describe_files,
-    facts_of,
     open_embedded_weights,
     registered_tags,
     write_repository,

@@ -30,6 +30,7 @@ from timm.models import PretrainedCfg
 
 from perceptual_mae_models.files import replace_file, replace_text
 from perceptual_mae_models.hub import WEIGHTS, sha256_of
+from perceptual_mae_models.vision_transformer_pmae import decoder_beside, facts_of, list_encoders
 from training.evaluate.features import fingerprint_weights
 from training.evaluate.models import open_model
 from training.hub.card import DATASETS
@@ -37,9 +38,7 @@ from training.hub.repository import (
     DECODER,
     Weights,
     as_json,
-    facts_of,
     facts_of_own,
-    is_registered,
     open_embedded_weights,
     write_repository,
 )
@@ -137,7 +136,7 @@ def facts_of_run(
     recipe, data = description["recipe"], description["data"]
     if (built := recipe["model"].partition(".")[0]) != name.partition(".")[0]:
         raise ValueError(f"{name} is not a name for {run}, whose encoder is a {built}")
-    if not is_registered(name):
+    if name not in list_encoders(tags=True):
         if not (repo and license_name and data_title):
             raise ValueError(f"{name} is a tag of your own, which needs --repo, --license and --data-title")
         return facts_of_own(name, recipe["method"], repository=repo, license_name=license_name)
@@ -211,8 +210,8 @@ def read_results(file: Path, fingerprints: set[str], features: str) -> list[dict
 def write_package_files(weights: Weights, to: Path) -> list[Path]:
     """Write the three files that the package holds of a tag."""
     to.mkdir(parents=True, exist_ok=True)
-    targets = {to / f"{weights.name}.safetensors": weights.encoder}
-    targets[to / f"{weights.name}.decoder.safetensors"] = weights.decoder
+    encoder = to / f"{weights.name}.safetensors"
+    targets = {encoder: weights.encoder, decoder_beside(encoder): weights.decoder}
     files = {}
     for target, source in targets.items():
         replace_file(target, partial(shutil.copyfile, source))

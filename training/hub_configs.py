@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from training.hub.repository import facts_of, open_embedded_weights, registered_tags, write_repository
+from perceptual_mae_models.vision_transformer_pmae import facts_of
+from training.hub.repository import open_embedded_weights, registered_tags, write_repository
 
 HERE = Path(__file__).parents[1] / "hub_configs"
 

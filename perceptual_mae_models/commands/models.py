@@ -9,13 +9,9 @@ from typing import Any
 
 def list_models(arguments: argparse.Namespace) -> int:
     """`pmae list`: a table of the registered encoders."""
-    import timm
+    from perceptual_mae_models.vision_transformer_pmae import facts_of, list_encoders
 
-    import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers
-
-    names = timm.list_models(
-        f"*{arguments.filter}*" if arguments.filter else "", module="vision_transformer_pmae", include_tags=True
-    )
+    names = list_encoders(f"*{arguments.filter}*" if arguments.filter else "", tags=True)
     if not names:
         raise ValueError(f"no model matches {arguments.filter!r}; `pmae list` names all")
     architectures = {name.partition(".")[0] for name in names}
@@ -24,8 +20,7 @@ def list_models(arguments: argparse.Namespace) -> int:
     rows = [("model", "input", "params", "dim", "weights")]
     for name in names:
         fact = facts[name.partition(".")[0]]
-        cfg = timm.models.get_pretrained_cfg(name)
-        assert cfg is not None, f"timm lists {name} without a configuration"
+        cfg = facts_of(name)
         size = " x ".join(map(str, cfg.input_size[1:]))
         mark = " *" if name in defaults else ""
         rows.append((name + mark, size, f"{fact['params'] / 1e6:.1f} M", str(fact["dim"]), weights_place(vars(cfg))))
@@ -39,7 +34,7 @@ def show_info(arguments: argparse.Namespace) -> int:
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
-    from perceptual_mae_models.features import check_model_name
+    from perceptual_mae_models.building import check_model_name
 
     check_model_name(arguments.name)
     facts = describe_model(arguments.name)

@@ -13,8 +13,9 @@ def download(arguments: argparse.Namespace) -> int:
     """`pmae download`: a tag's files into the Hub's cache or a folder, checked."""
     from perceptual_mae_models.hub import MANIFEST, WEIGHTS, check_file, fetch_file, find_manifest, find_repository
     from perceptual_mae_models.unreadable import explain_unreadable_weights
+    from perceptual_mae_models.vision_transformer_pmae import facts_of
 
-    for cfg in map(_pretrained_cfg, arguments.names):
+    for cfg in map(facts_of, arguments.names):
         if cfg.file:
             weights = Path(cfg.file)
             paths = {path.name: path for path in sorted(weights.parent.glob(f"{weights.stem}.*"))}
@@ -53,11 +54,14 @@ def _deliver(paths: dict[str, Path], folder: Path | None) -> None:
 def verify(arguments: argparse.Namespace) -> int:
     """`pmae verify`: the files of a tag or of a folder against their manifest."""
     from perceptual_mae_models.hub import check_file, read_manifest
+    from perceptual_mae_models.vision_transformer_pmae import facts_of
 
     for target in arguments.targets:
         if (folder := Path(target)).is_dir():
             found = [(read_manifest(file), folder, str(folder)) for file in _list_manifests(folder)]
-        elif (cfg := _pretrained_cfg(target)).file:
+        elif len(folder.parts) > 1:
+            raise FileNotFoundError(f"there is no folder {folder}")
+        elif (cfg := facts_of(target)).file:
             weights = Path(cfg.file)
             found = [(read_manifest(weights.with_suffix(".json")), weights.parent, "the package")]
         else:
@@ -96,21 +100,3 @@ def _find_cached(target: str, cfg: "PretrainedCfg") -> tuple[dict[str, Any], Pat
         return manifest, fetch_file(repository, MANIFEST, local=True).parent, str(repository)
     except OSError as error:
         raise ValueError(f"{target} is not in the Hub's cache: `pmae download {target}` first") from error
-
-
-def _pretrained_cfg(name: str) -> "PretrainedCfg":
-    """The facts of a tag of ours.
-
-    Raises:
-        ValueError: If we have no such tag.
-    """
-    import timm
-
-    import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers
-
-    ours = timm.list_models(module="vision_transformer_pmae", include_tags=True)
-    if name not in (*ours, *(tag.partition(".")[0] for tag in ours)):
-        raise ValueError(f"{name} is neither a folder nor a model of ours; `pmae list` names all")
-    cfg = timm.models.get_pretrained_cfg(name)
-    assert cfg is not None, f"timm lists {name} without a configuration"
-    return cfg

@@ -8,7 +8,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import perceptual_mae_models  # noqa: F401  registers the encoders
-from training.hub.repository import facts_of, open_embedded_weights, write_repository
+from perceptual_mae_models.vision_transformer_pmae import facts_of
+from training.hub.repository import open_embedded_weights, write_repository
 
 PICO = "vit_pico_patch8_pmae"
 

@@ -21,9 +21,9 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 
-import perceptual_mae_models
 from perceptual_mae_models.files import replace_file
 from perceptual_mae_models.hub import MANIFEST, WEIGHTS, sha256_of
+from perceptual_mae_models.vision_transformer_pmae import EMBEDDED, decoder_beside, facts_of, list_encoders
 from training.hub.card import write_card
 
 CONFIG, CARD, DECODER, RECIPE, RESULTS = (
@@ -33,7 +33,6 @@ CONFIG, CARD, DECODER, RECIPE, RESULTS = (
     "recipe.json",
     "results.json",
 )
-EMBEDDED = Path(perceptual_mae_models.__file__).parent / "pretrained"
 
 TIMM_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_pico_patch8_pmae": ("vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8, "depth": 8}),
@@ -60,25 +59,7 @@ class Weights:
 
 def registered_tags() -> list[str]:
     """Tags whose repository is ours, by name; those of other authors live in theirs."""
-    names = timm.list_models(module="vision_transformer_pmae", include_tags=True)
-    return [name for name in names if str(facts_of(name).hf_hub_id).rpartition("/")[2] == name]
-
-
-def facts_of(name: str) -> PretrainedCfg:
-    """The facts that timm holds of a registered tag.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    if cfg is None or not cfg.tag or cfg.architecture not in TIMM_TWINS:
-        raise ValueError(f"{name} is not a registered tag, <architecture>.<tag>: `pmae list` names them")
-    return cfg
-
-
-def is_registered(name: str) -> bool:
-    """Whether timm knows a tag of our architectures by that name."""
-    return name in timm.list_models(module="vision_transformer_pmae", include_tags=True)
+    return [name for name in list_encoders(tags=True) if str(facts_of(name).hf_hub_id).rpartition("/")[2] == name]
 
 
 def facts_of_own(name: str, method: str, *, repository: str, license_name: str) -> PretrainedCfg:
@@ -109,11 +90,11 @@ def name_of(cfg: PretrainedCfg) -> str:
 
 def open_embedded_weights(name: str) -> Weights | None:
     """The weights of a tag that the package holds, with their provenance; None where it holds none."""
-    encoder, decoder = EMBEDDED / f"{name}.safetensors", EMBEDDED / f"{name}.decoder.safetensors"
+    encoder = EMBEDDED / f"{name}.safetensors"
     if not encoder.exists():
         return None
     provenance = json.loads((EMBEDDED / f"{name}.json").read_text(encoding="utf-8"))
-    return Weights(name=name, encoder=encoder, decoder=decoder, provenance=provenance)
+    return Weights(name=name, encoder=encoder, decoder=decoder_beside(encoder), provenance=provenance)
 
 
 def build_config(cfg: PretrainedCfg) -> dict[str, Any]:
@@ -160,7 +141,7 @@ def write_repository(
     """Write a tag's repository.
 
     Args:
-        cfg: Its facts, of `facts_of` or `facts_of_own`.
+        cfg: Its facts, of `vision_transformer_pmae.facts_of` or `facts_of_own`.
         weights: What is published; None for a tag that has none yet, whose page says so.
         folder: Where the files go.
         with_weights: Also copy the weights; without, everything that describes them.

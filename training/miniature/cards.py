@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from perceptual_mae_models.files import replace_text
+from perceptual_mae_models.vision_transformer_pmae import EMBEDDED
 from training.evaluate.intervals import Interval
-from training.hub.repository import EMBEDDED, as_json
+from training.hub.repository import as_json
 from training.hub.results import list_accuracies
 from training.miniature.choice import ARM_NAMED, Results, find_default, lead, tuning_figure
 from training.miniature.study import ARMS, MODEL
