@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from perceptual_mae_models.building import UnknownModelError as UnknownModelError
 from perceptual_mae_models.building import build, name_origin
-from perceptual_mae_models.building import check_model_name as check_model_name
 from perceptual_mae_models.images import ImageError, ImageInput
 from perceptual_mae_models.loading import Loaded, Transform, load_here, load_in_workers
 from perceptual_mae_models.version import __version__

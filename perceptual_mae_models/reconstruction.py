@@ -24,7 +24,6 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-import perceptual_mae_models.vision_transformer_pmae  # noqa: F401  registers, however this module is reached
 from perceptual_mae_models.autoencoder import (
     MaskedAutoencoder,
     Masking,
@@ -32,6 +31,7 @@ from perceptual_mae_models.autoencoder import (
     hidden_pixels,
 )
 from perceptual_mae_models.images import open_image
+from perceptual_mae_models.vision_transformer_pmae import decoder_beside, list_encoders
 from perceptual_mae_models.weights import CheckpointError
 
 
@@ -91,9 +91,9 @@ def shipped_autoencoders() -> list[str]:
     """Names, `<arch>.<tag>`, of the models whose encoder and decoder both come with the package; defaults first."""
     return [
         name
-        for architecture in timm.list_models(module="vision_transformer_pmae")
+        for architecture in list_encoders()
         for name, cfg in get_arch_pretrained_cfgs(architecture).items()
-        if cfg.file and Path(cfg.file).is_file() and _decoder_file(cfg.file).is_file()
+        if cfg.file and Path(cfg.file).is_file() and decoder_beside(Path(cfg.file)).is_file()
     ]
 
 
@@ -112,14 +112,10 @@ def open_shipped(name: str) -> tuple[MaskedAutoencoder, dict[str, Any]]:
     """
     encoder: Any = timm.create_model(name, pretrained=False, num_classes=0)
     file = encoder.pretrained_cfg.get("file")
-    if not file or not _decoder_file(file).is_file():
+    if not file or not (decoder := decoder_beside(Path(file))).is_file():
         raise FileNotFoundError(f"{name}: there is no decoder of it in the package")
-    network, recipe = load_autoencoder(timm.create_model(name, pretrained=True, num_classes=0), _decoder_file(file))
+    network, recipe = load_autoencoder(timm.create_model(name, pretrained=True, num_classes=0), decoder)
     return network.eval(), recipe
-
-
-def _decoder_file(encoder_file: str) -> Path:
-    return Path(encoder_file).with_suffix(".decoder.safetensors")
 
 
 def middle(image: Image.Image, size: tuple[int, int]) -> Tensor:

@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from perceptual_mae_models.building import check_model_name
 from perceptual_mae_models.features import (
     POOLS,
     FeatureExtractor,
     Pool,
     Precision,
     UnknownModelError,
-    check_model_name,
     default_device,
 )
 from perceptual_mae_models.images import ImageError, find_images

@@ -42,6 +42,7 @@ from perceptual_mae_models.serve.markup import Figure, figures, message
 from perceptual_mae_models.serve.neighbours import NeighbourIndex
 from perceptual_mae_models.serve.samples import samples
 from perceptual_mae_models.serve.uploads import keepable, open_upload
+from perceptual_mae_models.vision_transformer_pmae import decoder_beside
 from perceptual_mae_models.weights import CheckpointError
 
 EMBEDDED = "vit_pico_patch8_pmae.mae_imagenette"
@@ -125,8 +126,8 @@ def test_shipped_autoencoders_are_discovered(tmp_path: Path, monkeypatch: pytest
         open_shipped("vit_tiny_patch16_pmae")
 
     file = Path(timm.models.get_pretrained_cfg(EMBEDDED).file)
-    assert reconstruction._decoder_file(str(file)).is_file()
-    monkeypatch.setattr(reconstruction, "_decoder_file", lambda _: tmp_path / "none")
+    assert decoder_beside(file).is_file()
+    monkeypatch.setattr(reconstruction, "decoder_beside", lambda _: tmp_path / "none")
     assert shipped_autoencoders() == []
     with pytest.raises(ValueError, match="nothing can be rebuilt"):
         Workbench()
@@ -134,7 +135,7 @@ def test_shipped_autoencoders_are_discovered(tmp_path: Path, monkeypatch: pytest
 
 def test_broken_decoder_files_are_refused(tmp_path: Path) -> None:
     encoder = timm.create_model(EMBEDDED)
-    whole = reconstruction._decoder_file(timm.models.get_pretrained_cfg(EMBEDDED).file)
+    whole = decoder_beside(Path(timm.models.get_pretrained_cfg(EMBEDDED).file))
     tensors, recipe = (
         load_file(whole),
         '{"decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4, "mask_ratio": 0.5}',

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 
+from perceptual_mae_models.convert import save_weights
 from perceptual_mae_models.files import replace_file, replace_text
 from perceptual_mae_models.hub import WEIGHTS, sha256_of
 from perceptual_mae_models.vision_transformer_pmae import decoder_beside, facts_of, list_encoders
@@ -44,7 +45,6 @@ from training.hub.repository import (
 )
 from training.hub.results import FEATURES, list_accuracies
 from training.report.results import read_results as read_evaluation
-from training.run.checkpoint import write_atomically
 
 
 def main(
@@ -173,7 +173,7 @@ def export_run(run: Path, name: str, folder: Path, said: dict[str, str], hardwar
         state = {key: tensor.to(getattr(torch, dtype)) for key, tensor in load_file(source).items()}
         if broken := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{', '.join(broken)} of {source} cannot be held in {dtype}")
-        write_atomically(target, state, metadata)
+        save_weights(target, state, metadata)
     progress = json.loads(metadata["progress"])
     provenance = {
         "name": name,

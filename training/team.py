@@ -13,8 +13,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, init_mae_weights
-from perceptual_mae_models.features import check_model_name
+from perceptual_mae_models.building import check_model_name
 from perceptual_mae_models.unreadable import WeightsUnavailableError
+from perceptual_mae_models.vision_transformer_pmae import list_encoders
 from perceptual_mae_models.weights import CheckpointError
 from training.ada import AdaController, augment
 from training.draws import Draws
@@ -144,7 +145,7 @@ def create_encoder(recipe: Recipe) -> nn.Module:
             the same modules are not.
     """
     check_model_name(recipe.model)
-    known = timm.list_models(module="vision_transformer_pmae")
+    known = list_encoders()
     if (architecture := recipe.model.partition(".")[0]) in known and architecture != recipe.model:
         raise ValueError(f"--model is an architecture: give --model {architecture} --init {recipe.model}")
     if recipe.model not in known:

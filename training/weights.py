@@ -11,8 +11,8 @@ from torch import nn
 
 from perceptual_mae_models import reconstruction
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, build_autoencoder
+from perceptual_mae_models.convert import save_weights
 from training.recipes import Recipe, recipe_from_json
-from training.run.checkpoint import write_atomically
 
 
 def build_from_recipe(encoder: nn.Module, recipe: Recipe) -> MaskedAutoencoder:
@@ -37,8 +37,8 @@ def save_run_weights(out: Path, network: MaskedAutoencoder, recipe: Recipe, prog
     Both carry the recipe in their metadata: the decoder is rebuilt from its file alone.
     """
     metadata = {"recipe": json.dumps(dataclasses.asdict(recipe)), "progress": json.dumps(progress)}
-    write_atomically(out / "encoder.safetensors", network.encoder.state_dict(), metadata)
-    write_atomically(out / "decoder.safetensors", network.decoder.state_dict(), metadata)
+    save_weights(out / "encoder.safetensors", network.encoder.state_dict(), metadata)
+    save_weights(out / "decoder.safetensors", network.decoder.state_dict(), metadata)
 
 
 def read_recipe(file: Path) -> Recipe:

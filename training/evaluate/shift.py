@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from perceptual_mae_models.convert import save_weights
 from training.data.images import ImageSource, evenly
 from training.evaluate.classifiers import Classifiers
 from training.evaluate.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSource, draw_examples
 from training.evaluate.features import fingerprint_data
 from training.evaluate.intervals import Interval, sample_interval, share_interval
 from training.evaluate.rows import Place, Row
-from training.run.checkpoint import write_atomically
 
 CLEAN = "clean"
 
@@ -291,6 +291,6 @@ def _predict_corrupted(
         seconds = torch.tensor(time.monotonic() - started, dtype=torch.float64)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"corruption": source.corruption, "severity": str(source.severity)}
-        write_atomically(file, {**found, "seconds": seconds}, metadata)
+        save_weights(file, {**found, "seconds": seconds}, metadata)
     kept = load_file(file)
     return {key: kept[str(n)] for n, key in enumerate(classifiers.facts)}, kept["seconds"].item()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
 
 class ResumeError(RuntimeError):
@@ -91,15 +91,6 @@ def load_checkpoint(
             f"cannot resume from {checkpoint}: {error}. Delete that folder to go on from the checkpoint before it."
         ) from error
     return progress
-
-
-def write_atomically(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all."""
-    partial = path.with_name(f".partial_{path.name}")
-    # not save_file: its files are readable by their owner only, whatever the umask
-    partial.write_bytes(save(state, metadata={"format": "pt", **metadata}))
-    _flush_to_disk(partial)
-    partial.replace(path)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from perceptual_mae_models.files import replace_text
 from perceptual_mae_models.version import __version__
 from training.run.checkpoint import newest_checkpoint
 
@@ -88,9 +89,7 @@ def create_run_folder(out: Path, description: dict[str, Any]) -> None:
     for folder in ("checkpoints", "grids"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     if not has_begun(out):
-        partial = out / ".partial_recipe.json"
-        partial.write_text(json.dumps(description, indent=2) + "\n")
-        partial.replace(out / "recipe.json")
+        replace_text(out / "recipe.json", json.dumps(description, indent=2) + "\n")
 
 
 def _require_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from perceptual_mae_models.files import replace_text
+
 
 class MetricsLog:
     """One JSON line per log interval, and a progress bar on a terminal.
@@ -29,9 +31,7 @@ class MetricsLog:
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=None if enabled else True)
         if enabled and path.exists():
             kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
-            partial = path.with_name(f".partial_{path.name}")
-            partial.write_text("".join(kept))
-            partial.replace(path)
+            replace_text(path, "".join(kept))
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append a line and show it."""
