@@ -459,11 +459,11 @@ def test_average_precision_is_pycocotools_and_its_interval_is_the_bootstraps() -
 # --- detectors -------------------------------------------------------------------------------------------------------
 
 
-def detector(name: str = MODEL, *, frozen: bool = False, **shape: Any) -> Any:
+def detector(name: str = MODEL, *, frozen: bool = False, masks: bool = True, **shape: Any) -> Any:
     torch.manual_seed(0)
-    values = {"size": (64, 96), "classes": 2, "masks": True, "width": 16, "head_width": 32, "proposals": 32}
-    shape = {**values, "sampled_boxes": 16, **shape}
-    return build_detector(open_model(name, device="cpu")[0].model, DetectorShape(**shape), frozen=frozen)
+    values = {"size": (64, 96), "width": 16, "head_width": 32, "proposals": 32, "sampled_boxes": 16}
+    encoder = open_model(name, device="cpu")[0].model
+    return build_detector(encoder, DetectorShape(**{**values, **shape}), classes=2, masks=masks, frozen=frozen)
 
 
 def batch() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:

@@ -30,7 +30,7 @@ from training.evaluate.rows import Place, Row
 from training.evaluate.split import refuse_copies
 from training.evaluate.trainer import Task
 from training.grids import labelled_rows
-from training.networks.pyramid import SCALES, DetectorShape, build_detector
+from training.networks.pyramid import DetectorShape, build_detector
 from training.run.seeding import derive_seed, seeded
 
 SHOWN = 6
@@ -43,15 +43,13 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionSettings(DenseSettings):
+class DetectionSettings(DetectorShape, DenseSettings):
     """How a detector learns."""
 
     not_in_recipe: ClassVar[tuple[str, ...]] = (*DenseSettings.not_in_recipe, "score_threshold", "max_detections")
 
     data: Path | None = None
     """COCO's layout: a folder or an uncompressed .tar, see `training/data/coco.py`."""
-    size: tuple[int, int] = (512, 512)
-    """Height and width in pixels of the canvas that images are fitted to."""
     masks: bool = True
     """Learn masks too (Mask R-CNN), where the images have any."""
     epochs: float = 50
@@ -64,20 +62,6 @@ class DetectionSettings(DenseSettings):
     """Of matrices."""
     scale_jitter: tuple[float, float] = (0.8, 1.25)
     """Least and most that a training image is enlarged by; what leaves the canvas is cut off."""
-    scales: tuple[float, ...] = SCALES
-    """Levels of the simple feature pyramid, in resolutions of the encoder's map: neighbours among 4, 2, 1 and 0.5."""
-    width: int = 256
-    """Channels of the pyramid."""
-    head_width: int = 1024
-    """Of the box head's two layers."""
-    proposals: int = 1000
-    """Boxes of the first stage that the second one looks at, an image."""
-    sampled_boxes: int = 512
-    """Of them in training."""
-    score_threshold: float = 0.05
-    """Predictions below it are left out."""
-    max_detections: int = 100
-    """Predictions an image."""
     resamples: int = 200
     """Draws of test images for the intervals."""
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -172,20 +156,10 @@ def create_task(
     """
     extractor, _ = open_model(name, device="cpu", seed=settings.seed)
     weights, encoder = fingerprint_model(extractor), extractor.model
-    shape = DetectorShape(
-        size=settings.size,
-        classes=len(train.classes),
-        masks=train.masks,
-        scales=settings.scales,
-        width=settings.width,
-        head_width=settings.head_width,
-        proposals=settings.proposals,
-        sampled_boxes=settings.sampled_boxes,
-        score_threshold=settings.score_threshold,
-        max_detections=settings.max_detections,
-    )
     with seeded(derive_seed(settings.seed, "detector")):
-        network = build_detector(encoder, shape, frozen=mode == "frozen")
+        network = build_detector(
+            encoder, settings, classes=len(train.classes), masks=train.masks, frozen=mode == "frozen"
+        )
     optimizer, recipe = create_optimizer(name, encoder, nn.ModuleList(_heads(network)), settings, mode)
     task = Task(network, optimizer, _views(train, settings), _losses, _collate)
     return task, recipe | {"weights": weights}, network.backbone.strides

@@ -8,7 +8,6 @@ here. Behind encoders with a hierarchy of maps stands a feature pyramid network 
 
 import math
 from collections import OrderedDict
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
+from training.networks.encoder_maps import OnEncoderMaps
+
 ANCHOR_STRIDES = 8
 """Side of a level's anchors in its strides: 32 pixels at stride 4, as in Lin et al. 2017."""
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -35,22 +36,18 @@ SCALES = (4.0, 2.0, 1.0, 0.5)
 class DetectorShape:
     """What is built on the encoder."""
 
-    size: tuple[int, int]
-    """Height and width of the canvas in pixels."""
-    classes: int
-    """Without the background."""
-    masks: bool
-    """Mask R-CNN; else Faster R-CNN."""
+    size: tuple[int, int] = (512, 512)
+    """Height and width in pixels of the canvas that images are fitted to."""
     scales: tuple[float, ...] = SCALES
-    """Levels of the simple feature pyramid."""
+    """Levels of the simple feature pyramid, in resolutions of the encoder's map: neighbours among 4, 2, 1 and 0.5."""
     width: int = 256
     """Channels of the pyramid and of the mask head."""
     head_width: int = 1024
-    """Of the two layers of the box head."""
+    """Of the box head's two layers."""
     proposals: int = 1000
     """Boxes of the first stage that the second one looks at, an image."""
     sampled_boxes: int = 512
-    """Of them in training, a quarter on objects."""
+    """How many of them the second stage learns from, at most a quarter of them on objects."""
     score_threshold: float = 0.05
     """Predictions below it are left out."""
     max_detections: int = 100
@@ -106,7 +103,7 @@ class SimpleFeaturePyramid(nn.Module):
         return OrderedDict([*((str(i), level) for i, level in enumerate(maps)), ("pool", maps[-1][:, :, ::2, ::2])])
 
 
-class PyramidBackbone(nn.Module):
+class PyramidBackbone(OnEncoderMaps):
     """An encoder with a pyramid; the `backbone` of torchvision's detectors.
 
     Attributes:
@@ -127,21 +124,14 @@ class PyramidBackbone(nn.Module):
     def __init__(
         self, encoder: Any, size: tuple[int, int], *, width: int, scales: tuple[float, ...], frozen: bool
     ) -> None:
-        super().__init__()
-        name = type(encoder).__name__
-        info = getattr(getattr(encoder, "feature_info", None), "info", None) or getattr(encoder, "feature_info", None)
-        if not info or not hasattr(encoder, "forward_intermediates"):
-            raise ValueError(f"{name} gives no feature maps (timm's forward_intermediates): no detector stands on it")
-        self.encoder = encoder
-        self.frozen, self.out_channels = frozen, width
-        reductions = [int(level["reduction"]) for level in info]
+        super().__init__(encoder, frozen=frozen, what="detector")
+        self.out_channels, reductions = width, self.reductions
         self.plain = len(set(reductions)) == 1 and len(reductions) > 1
         last = {reduction: index for index, reduction in enumerate(reductions) if self.plain or reduction >= 4}
         self.indices = list(last.values())
         _fit_size(self.encoder, size, reductions[-1], pool=self.plain and scales[-1:] == (0.5,))
-        # what lies behind the maps would get no gradient, which several processes do not forgive
-        self.encoder.prune_intermediate_layers(self.indices, prune_norm=not self.plain, prune_head=True)
-        channels = [int(info[index]["num_chs"]) for index in self.indices]
+        self.end_at(self.indices, norm=self.plain)
+        channels = [self.channels[index] for index in self.indices]
         self.pyramid: nn.Module
         if self.plain:
             self.pyramid = SimpleFeaturePyramid(channels[0], width, scales)
@@ -150,34 +140,14 @@ class PyramidBackbone(nn.Module):
             self.pyramid = FeaturePyramidNetwork(channels, width, LastLevelMaxPool())
             levels = [float(reduction) for reduction in last]
         self.strides = (*levels, 2 * levels[-1])
-        if frozen:
-            self.encoder.requires_grad_(False)
-        self._try(size)
-
-    @torch.no_grad()
-    def _try(self, size: tuple[int, int]) -> None:
-        name = type(self.encoder).__name__
-        try:
-            levels = self.eval()(torch.zeros(1, 3, *size))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"{name} cannot take images of {size[0]} x {size[1]}: {error}") from error
-        for level, stride in zip(levels.values(), self.strides[:-1], strict=False):
+        for level, stride in zip(self.try_size(size).values(), self.strides[:-1], strict=False):
             if tuple(level.shape[2:]) != tuple(math.ceil(side / stride) for side in size):
+                name = type(encoder).__name__
                 raise ValueError(f"{name} says that a map has the stride {stride:g}, but it is {tuple(level.shape)}")
-
-    def train(self, mode: bool = True) -> "PyramidBackbone":
-        """A frozen encoder stays in evaluation mode: no drop path, no new batch statistics."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
         """Normalised (N, 3, H, W) -> levels (N, width, H / stride, W / stride), float32."""
-        with torch.no_grad() if self.frozen else nullcontext():
-            maps = self.encoder.forward_intermediates(
-                images, indices=self.indices, norm=self.plain, intermediates_only=True, output_fmt="NCHW"
-            )
+        maps = self.maps(images, self.indices, norm=self.plain)
         levels = self.pyramid(maps[0] if self.plain else OrderedDict((str(i), level) for i, level in enumerate(maps)))
         return OrderedDict((name, level.float()) for name, level in levels.items())
 
@@ -249,7 +219,7 @@ def _float32(_module: nn.Module, _inputs: Any, outputs: Any) -> Any:
     return outputs.float() if isinstance(outputs, Tensor) else type(outputs)(_float32(_module, (), o) for o in outputs)
 
 
-def build_detector(encoder: nn.Module, shape: DetectorShape, *, frozen: bool) -> FasterRCNN:
+def build_detector(encoder: nn.Module, shape: DetectorShape, *, classes: int, masks: bool, frozen: bool) -> FasterRCNN:
     """A detector with random heads, drawn from torch's global generator, on a given encoder.
 
     Called with a list of (3, h, w) images in [0, 1], at most of the canvas's size, and in training with targets
@@ -258,6 +228,8 @@ def build_detector(encoder: nn.Module, shape: DetectorShape, *, frozen: bool) ->
     Args:
         encoder: A timm model with its weights; it is changed.
         shape: What to build.
+        classes: Without the background.
+        masks: Mask R-CNN; else Faster R-CNN.
         frozen: Whether the encoder stays as it is.
 
     Raises:
@@ -270,19 +242,19 @@ def build_detector(encoder: nn.Module, shape: DetectorShape, *, frozen: bool) ->
         "rpn_anchor_generator": _Anchors(strides),
         "box_roi_pool": _pool(strides, 7),
         "box_head": TwoMLPHead(shape.width * 7 * 7, shape.head_width),
-        "box_predictor": FastRCNNPredictor(shape.head_width, shape.classes + 1),
+        "box_predictor": FastRCNNPredictor(shape.head_width, classes + 1),
         "rpn_post_nms_top_n_train": shape.proposals,
         "rpn_post_nms_top_n_test": shape.proposals,
         "box_batch_size_per_image": shape.sampled_boxes,
         "box_score_thresh": shape.score_threshold,
         "box_detections_per_img": shape.max_detections,
     }
-    if shape.masks:
+    if masks:
         network: FasterRCNN = MaskRCNN(
             backbone,
             mask_roi_pool=_pool(strides, 14),
             mask_head=MaskRCNNHeads(shape.width, (shape.width,) * 4, 1),
-            mask_predictor=MaskRCNNPredictor(shape.width, shape.width, shape.classes + 1),
+            mask_predictor=MaskRCNNPredictor(shape.width, shape.width, classes + 1),
             **arguments,
         )
     else:

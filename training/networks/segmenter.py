@@ -7,7 +7,6 @@ hierarchy of maps stands a feature pyramid (Kirillov et al. 2019, "Panoptic Feat
 
 import inspect
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from training.networks.encoder_maps import OnEncoderMaps
+
 DPT_BLOCKS = 4
 PYRAMID_STRIDES = (4, 8, 16, 32)
 
@@ -29,12 +30,13 @@ class _DPT(nn.Module):
 
     Args:
         encoder: A timm ViT; what lies behind its last map is taken away.
-        reductions: Of its maps.
+        reductions: Strides of its maps.
+        channels: Of its maps.
         classes: Channels of the logits.
         width: Of the decoder.
     """
 
-    def __init__(self, encoder: Any, reductions: list[int], classes: int, width: int) -> None:
+    def __init__(self, encoder: Any, reductions: list[int], channels: list[int], classes: int, width: int) -> None:
         super().__init__()
         depth = min(DPT_BLOCKS, len(reductions))
         self.indices = sample_block_indices_uniformly(depth, len(reductions))
@@ -45,7 +47,7 @@ class _DPT(nn.Module):
         stride = 2 ** math.ceil(math.log2(reductions[0]))
         self.least = reductions[0] * max(1, 2 ** (depth + 1) // stride)
         self.decoder = DPTDecoder(
-            encoder_out_channels=[_channels(encoder)[index] for index in self.indices],
+            encoder_out_channels=[channels[index] for index in self.indices],
             encoder_output_strides=[stride] * depth,
             encoder_has_prefix_tokens=self.prefix,
             readout="cat" if self.prefix else "ignore",
@@ -65,7 +67,7 @@ class _Pyramid(nn.Module):
 
     prefix = False
 
-    def __init__(self, encoder: Any, reductions: list[int], classes: int, width: int) -> None:
+    def __init__(self, encoder: Any, reductions: list[int], channels: list[int], classes: int, width: int) -> None:
         super().__init__()
         last = {reduction: index for index, reduction in enumerate(reductions)}
         if missing := set(PYRAMID_STRIDES) - last.keys():
@@ -73,7 +75,7 @@ class _Pyramid(nn.Module):
         self.indices = [last[stride] for stride in PYRAMID_STRIDES]
         self.least = PYRAMID_STRIDES[-1]
         self.decoder = FPNDecoder(
-            encoder_channels=[_channels(encoder)[index] for index in self.indices],
+            encoder_channels=[channels[index] for index in self.indices],
             encoder_depth=len(self.indices),
             pyramid_channels=width,
             segmentation_channels=32 * max(1, width // 64),  # its norms have 32 groups
@@ -85,16 +87,7 @@ class _Pyramid(nn.Module):
         return logits
 
 
-def _info(encoder: Any) -> list[dict[str, Any]]:
-    info = getattr(encoder, "feature_info", None)
-    return list(getattr(info, "info", info) or ())
-
-
-def _channels(encoder: Any) -> list[int]:
-    return [int(level["num_chs"]) for level in _info(encoder)]
-
-
-class Segmenter(nn.Module):
+class Segmenter(OnEncoderMaps):
     """(N, 3, H, W) images in [0, 1] -> (N, C, H, W) logits.
 
     Attributes:
@@ -116,55 +109,24 @@ class Segmenter(nn.Module):
     std: Tensor
 
     def __init__(self, encoder: Any, size: tuple[int, int], *, classes: int, width: int, frozen: bool) -> None:
-        super().__init__()
-        name, reductions = type(encoder).__name__, [int(level["reduction"]) for level in _info(encoder)]
-        if not reductions or not hasattr(encoder, "forward_intermediates"):
-            raise ValueError(f"{name} gives no feature maps (timm's forward_intermediates): no decoder stands on it")
-        self.encoder = encoder
-        self.frozen = frozen
-        plain = len(set(reductions)) == 1
-        self.decoding: Any = (_DPT if plain else _Pyramid)(encoder, reductions, classes, width)
+        super().__init__(encoder, frozen=frozen, what="decoder")
+        plain = len(set(self.reductions)) == 1
+        self.decoding: Any = (_DPT if plain else _Pyramid)(encoder, self.reductions, self.channels, classes, width)
         if any(side < self.decoding.least or side % self.decoding.least for side in size):
-            raise ValueError(
-                f"--segmentation.size {size[0]} {size[1]}: both must be multiples of {self.decoding.least} for {name}"
-            )
+            least, name = self.decoding.least, type(encoder).__name__
+            raise ValueError(f"--segmentation.size {size[0]} {size[1]}: both must be multiples of {least} for {name}")
         initialize_decoder(self.decoding.decoder)
         initialize_head(self.decoding.head)
-        # what lies behind the maps would get no gradient, which several processes do not forgive
-        self.encoder.prune_intermediate_layers(self.decoding.indices, prune_norm=True, prune_head=True)
-        if frozen:
-            self.encoder.requires_grad_(False)
+        self.end_at(self.decoding.indices, norm=False)
         config = resolve_model_data_config(encoder)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1))
-        self._try(size)
-
-    @torch.no_grad()
-    def _try(self, size: tuple[int, int]) -> None:
-        try:
-            self.eval()(torch.zeros(1, 3, *size))
-        except (RuntimeError, AssertionError) as error:
-            name = type(self.encoder).__name__
-            raise ValueError(f"{name} cannot take images of {size[0]} x {size[1]}: {error}") from error
-
-    def train(self, mode: bool = True) -> "Segmenter":
-        """A frozen encoder stays in evaluation mode: no drop path, no new batch statistics."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
+        self.try_size(size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the images' size."""
-        with torch.no_grad() if self.frozen else nullcontext():
-            maps = self.encoder.forward_intermediates(
-                (images - self.mean) / self.std,
-                indices=self.decoding.indices,
-                norm=False,
-                intermediates_only=True,
-                output_fmt="NCHW",
-                **({"return_prefix_tokens": True} if self.decoding.prefix else {}),
-            )
+        tokens = {"return_prefix_tokens": True} if self.decoding.prefix else {}
+        maps = self.maps((images - self.mean) / self.std, self.decoding.indices, norm=False, **tokens)
         logits: Tensor = self.decoding(maps)
         if logits.shape[2:] != images.shape[2:]:
             logits = interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
