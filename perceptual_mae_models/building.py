@@ -29,6 +29,11 @@ def check_model_name(name: str) -> None:
         raise UnknownModelError(f"{architecture} has no tag {tag!r}; there are {', '.join(tagged)}")
 
 
+def weights_file(path: Path) -> Path:
+    """The encoder's weights where a path may be of the folder of a finished run, which holds them."""
+    return path / "encoder.safetensors" if path.is_dir() else path
+
+
 def build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: bool) -> Any:
     """Builds what `FeatureExtractor` was asked for, or refuses it; see there."""
     if isinstance(model, nn.Module):
@@ -48,7 +53,8 @@ def build(model: str | nn.Module, checkpoint: str | Path | None, pretrained: boo
     check_model_name(model)
     overlay = None
     if checkpoint is not None:
-        if not Path(checkpoint).is_file():
+        checkpoint = weights_file(Path(checkpoint))
+        if not checkpoint.is_file():
             raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
         overlay = {"file": str(checkpoint), "source": ""}  # timm would rather read the place that an id names
     # Not num_classes=0: where that differs from the configuration timm loads unstrictly, and a checkpoint with foreign
@@ -75,9 +81,9 @@ def name_origin(model: str | nn.Module, checkpoint: str | Path | None, pretraine
     if isinstance(model, nn.Module):
         return "module"
     if checkpoint is not None:
-        return Path(checkpoint).name
+        return weights_file(Path(checkpoint)).name
     if not pretrained:
         return "random"
     if model.startswith("local-dir:"):
-        return f"local-dir:{Path(model).name}"
+        return f"local-dir:{Path(model.removeprefix('local-dir:')).name}"
     return model if ":" in model else "pretrained"

@@ -172,7 +172,12 @@ def _add_extractor_options(command: argparse.ArgumentParser, pools: Sequence[str
         metavar="NAME",
         help="any timm name or hf-hub: id (default: %(default)s)",
     )
-    add("--checkpoint", type=Path, metavar="FILE", help="weights to load in place of the published ones")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights, or a run's folder, in place of the published ones",
+    )
     add("--pool", choices=pools, default="avg", help="mean of patch tokens, class token, ... (default: avg)")
     add("--batch-size", type=_at_least(1), default=64, metavar="N", help="images a forward pass (default: 64)")
     add("--workers", type=_at_least(0), default=0, metavar="N", help="processes that decode images (default: 0)")

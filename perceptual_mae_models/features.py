@@ -101,7 +101,7 @@ class FeatureExtractor:
             device: By default a module's own device, and for a name "cuda" where there is one, else "cpu".
             dtype: "float32", "bfloat16" or "float16" arithmetic, by name or torch's own. Features are float32 whichever
                 it is.
-            checkpoint: A weights file to load in place of the published weights.
+            checkpoint: A weights file, or the folder of a run, to load in place of the published weights.
             pretrained: False leaves the weights random, unless there is a checkpoint.
 
         Raises:

@@ -9,7 +9,7 @@ import glob
 import os
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +27,8 @@ IMAGE_SUFFIXES = frozenset(
         *("pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
     )
 )
+# Photographs all the same, which Pillow does not read by itself.
+UNREAD_SUFFIXES = frozenset((".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"))
 
 # Float arrays that were resampled overshoot [0, 1] by a hair; more than this is a wrong value range.
 FLOAT_TOLERANCE = 1e-3
@@ -185,26 +187,42 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             are left out and links to folders are not followed) and glob patterns; `**` is as a folder is.
 
     Returns:
-        The files in the order of `paths`, sorted within each; a file reached twice is kept where it came first.
+        The files in the order of `paths`, sorted within each; a file reached twice is kept where it came first. A
+        warning counts photographs of formats that Pillow does not read (HEIC, JPEG XL, raw ones).
 
     Raises:
         ImageError: An entry does not exist or holds no image.
     """
     found: dict[str, Path] = {}
+    unread: list[Path] = []
     for entry in map(str, paths):
         if os.path.lexists(entry):
-            matches = _expand(Path(entry), named=True)
+            matches = _expand(Path(entry), unread, named=True)
         else:
             matched = sorted(_match(entry))
             if not matched:
                 raise ImageError(entry, "no such file or folder, and no file matches it as a pattern")
-            matches = [file for match in matched for file in _expand(match, named=False)]
+            matches = [file for match in matched for file in _expand(match, unread, named=False)]
         if not matches:
-            raise ImageError(entry, "no image in it")
+            raise ImageError(entry, "no image in it" + (f"; {_left_out(unread)}" if unread else ""))
         for file in matches:
             # Not Path.resolve: links to one file under several names are several images.
             found.setdefault(os.path.abspath(file), file)  # noqa: PTH100
+    warn_of_unread(unread)
     return list(found.values())
+
+
+def warn_of_unread(files: Sequence[str | Path]) -> None:
+    """Warns of photographs that a folder holds and that are left out, if there are any."""
+    if files:
+        warnings.warn(_left_out(files), stacklevel=3)
+
+
+def _left_out(files: Sequence[str | Path]) -> str:
+    return (
+        f"{len(files)} photograph(s) are left out, of formats that Pillow does not read, such as"
+        f" {printable(str(files[0]))}: convert them to JPEG or PNG"
+    )
 
 
 def _match(pattern: str) -> Iterator[Path]:
@@ -222,8 +240,11 @@ def _match(pattern: str) -> Iterator[Path]:
                 yield match
 
 
-def _expand(path: Path, named: bool) -> list[Path]:
+def _expand(path: Path, unread: list[Path], named: bool) -> list[Path]:
+    """The images of a file or folder; those that nothing here reads go to `unread`."""
     if not path.is_dir():
+        if not named and path.suffix.lower() in UNREAD_SUFFIXES:
+            unread.append(path)
         return [path] if named or path.suffix.lower() in IMAGE_SUFFIXES else []
 
     def unreadable(error: OSError) -> None:
@@ -232,7 +253,8 @@ def _expand(path: Path, named: bool) -> list[Path]:
     files = []
     for folder, subfolders, names in os.walk(path, onerror=unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        visible = (Path(folder, name) for name in names if not name.startswith("."))
+        visible = [Path(folder, name) for name in names if not name.startswith(".")]
+        unread += [file for file in visible if file.suffix.lower() in UNREAD_SUFFIXES]
         # a pipe of such a name would be waited for without end
         files += [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_fifo()]
     return sorted(files)

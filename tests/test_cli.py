@@ -77,6 +77,8 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         [sys.executable, "-X", "importtime", PMAE, "embed", "--help"], capture_output=True, text=True, check=True
     ).stderr
     assert "perceptual_mae_models.cli" in imports
+    module = [sys.executable, "-m", "perceptual_mae_models", "--version"]
+    assert subprocess.run(module, capture_output=True, text=True, check=True).stdout.startswith("pmae ")
     assert not {"torch", "timm", "numpy", "PIL"} & {line.rpartition("|")[2].strip() for line in imports.splitlines()}
 
 

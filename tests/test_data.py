@@ -1,6 +1,7 @@
 """Order and content of the batches depend on the seed and on the step, and on nothing else."""
 
 import errno
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -218,6 +219,15 @@ def test_hidden_files_beside_images_are_no_images(photos: Path, tmp_path: Path) 
     for spec, folder in ((tmp_path / "data", ""), (tmp_path / "data.tar", "data/")):
         source = ImageSource(spec)
         assert [source.name(index) for index in range(len(source))] == [folder + name for name in names]
+
+
+def test_a_folder_tells_of_photographs_that_nothing_reads(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for name in ("class0/a.heic", "b.DNG", ".c.heic", "d.txt"):
+        (tmp_path / "photos" / name).touch()
+    with pytest.warns(UserWarning, match=r"^2 photograph\(s\) are left out"):
+        source = ImageSource(tmp_path / "photos")
+    assert len(source) == 24
 
 
 def test_hidden_folders_hold_no_images_and_links_in_a_circle_are_refused(photos: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from perceptual_mae_models.building import check_model_name
+from perceptual_mae_models.building import check_model_name, name_origin
 from perceptual_mae_models.features import (
     POOLS,
     FeatureExtractor,
@@ -334,6 +334,13 @@ def test_weights_of_others_are_credited_to_no_tag(tmp_path: Path) -> None:
     timm.models.save_for_hf(model, tmp_path / "zeros")
     facts = FeatureExtractor(f"local-dir:{tmp_path / 'zeros'}", device="cpu").metadata
     assert (facts["model"], facts["tag"], facts["weights"]) == (PICO, "", "local-dir:zeros")
+    assert name_origin("local-dir:zeros", None, pretrained=True) == "local-dir:zeros"
+    save_file(model.state_dict(), tmp_path / "encoder.safetensors")
+    of_run = FeatureExtractor(PICO, checkpoint=tmp_path, device="cpu")  # a run's folder
+    assert of_run.metadata["weights"] == "encoder.safetensors"
+    assert not of_run.model.norm.weight.any()
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint: .*zeros.encoder\.safetensors"):
+        FeatureExtractor(PICO, checkpoint=tmp_path / "zeros")
 
 
 def test_modules_as_timm_builds_them(pico: nn.Module, files: list[Path]) -> None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tracemalloc
+import warnings
 import zlib
 from pathlib import Path
 from unittest.mock import Mock
@@ -330,6 +331,22 @@ def test_names(tmp_path: Path, photo: np.ndarray) -> None:
         assert image_name(image, 3) == image_name(tmp_path / "photo.png") == str(tmp_path / "photo.png")
     assert image_name(photo, 3) == "array #3"
     assert image_name(Image.fromarray(photo), 4) == "image #4"
+
+
+def test_photographs_that_pillow_does_not_read_are_counted(tmp_path: Path) -> None:
+    for name in ("1.heic", "below/2.HEIF", "below/3.jxl", ".4.heic", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ImageError, match=r"no image in it; 3 photograph\(s\) are left out, .*1\.heic: convert them"):
+        find_images([tmp_path])
+    Image.new("RGB", (4, 4)).save(tmp_path / "5.jpg")
+    with pytest.warns(UserWarning, match=r"^3 photograph\(s\) are left out"):
+        assert find_images([tmp_path]) == [tmp_path / "5.jpg"]
+    with pytest.warns(UserWarning, match=r"^3 photograph\(s\) are left out"):
+        assert find_images([f"{tmp_path}/*"]) == [tmp_path / "5.jpg"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_images([tmp_path / "1.heic", tmp_path / "5.jpg"])[0] == tmp_path / "1.heic"
 
 
 def test_find_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

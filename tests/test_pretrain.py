@@ -402,6 +402,8 @@ def test_an_encoder_begins_with_given_weights(photos: Path, straight: Path, tmp_
         torch.testing.assert_close(learned[name], tensor, msg=name)
     weights.unlink()  # a checkpoint has all of it
     run_here(*still, "--out", tmp_path / "out", "--init", weights, "--resume", "auto")
+    run_here(*still, "--out", tmp_path / "run", "--init", straight)
+    assert_same_files(tmp_path / "run", tmp_path / "out")
     run_here(*still, "--out", tmp_path / "tag", "--init", "vit_pico_patch8_pmae.mae_imagenette")
     embedded = timm.create_model("vit_pico_patch8_pmae.mae_imagenette", pretrained=True).state_dict()
     found = load_file(tmp_path / "tag" / "encoder.safetensors")

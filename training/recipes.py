@@ -25,8 +25,8 @@ class Recipe:
     model: str = "vit_base_patch16_pmae"
     """Encoder to pretrain, an architecture name of `pmae list`."""
     init: str | None = None
-    """Weights that the encoder begins with: a tag of `pmae list` or a file. None: random ones; the decoder begins with
-    random ones in any case."""
+    """Weights that the encoder begins with: a tag of `pmae list`, a file or a run's folder. None: random ones; the
+    decoder begins with random ones in any case."""
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder, in (0, 1)."""
 

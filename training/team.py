@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, init_mae_weights
-from perceptual_mae_models.building import check_model_name
+from perceptual_mae_models.building import check_model_name, weights_file
 from perceptual_mae_models.unreadable import WeightsUnavailableError
 from perceptual_mae_models.vision_transformer_pmae import list_encoders
 from perceptual_mae_models.weights import CheckpointError
@@ -185,8 +185,9 @@ def load_initial(team: Team) -> None:
     recipe = team.recipe
     assert recipe.init is not None
     name, overlay = recipe.init, None
-    if Path(recipe.init).is_file():
-        name, overlay = recipe.model, {"file": recipe.init}
+    file = weights_file(Path(recipe.init))
+    if file.is_file():
+        name, overlay = recipe.model, {"file": str(file)}
     elif recipe.init.partition(".")[0] != recipe.model:
         raise ValueError(f"--init {recipe.init} is neither a file nor a tag of --model {recipe.model}")
     check_model_name(name)

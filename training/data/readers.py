@@ -18,7 +18,7 @@ from typing import Protocol
 
 from timm.utils.misc import natural_key
 
-from perceptual_mae_models.images import IMAGE_SUFFIXES, OF_STORAGE
+from perceptual_mae_models.images import IMAGE_SUFFIXES, OF_STORAGE, UNREAD_SUFFIXES, warn_of_unread
 from training.data.hub import HubReader
 from training.data.idx import IdxReader, is_idx
 from training.data.tars import CompressedTarReader, TarReader, expand_braces, is_image, is_shown, number_classes
@@ -65,7 +65,9 @@ class FolderReader:
 
     def __init__(self, root: Path) -> None:
         # the name itself decides between names that differ by case only, which the natural key takes for equal
-        self.names = sorted(_walk(root), key=lambda name: (natural_key(name), name))
+        unread: list[str] = []
+        self.names = sorted(_walk(root, unread), key=lambda name: (natural_key(name), name))
+        warn_of_unread(unread)
         if not self.names:
             raise FileNotFoundError(f"{root}: no image found")
         self.root = root
@@ -88,14 +90,19 @@ def refuse_folder(error: OSError) -> None:
     raise error
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Paths below a folder of its images. A link to a folder above it would be followed for ever, and is refused."""
+def _walk(root: Path, unread: list[str]) -> Iterator[str]:
+    """Paths below a folder of its images; to `unread` go those of photographs that Pillow does not read.
+
+    A link to a folder above it would be followed for ever, and is refused.
+    """
     for folder, subfolders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
         for link in (Path(folder, name) for name in subfolders):
             if link.is_symlink() and link.resolve() in (here := Path(folder).resolve(), *here.parents):
                 raise ValueError(f"{link} leads back to a folder that it lies in: take the link away")
         subfolders[:] = filter(is_shown, subfolders)
         below = os.path.relpath(folder, root).replace(os.sep, "/")
+        shown = filter(is_shown, files)
+        unread += [f"{below}/{file}" for file in shown if Path(file).suffix.lower() in UNREAD_SUFFIXES]
         yield from (file if below == "." else f"{below}/{file}" for file in files if is_image(file))
 
 

@@ -4,7 +4,7 @@
 |---|---|
 | `vit_base_patch16_pmae.fb_mae_in1k`, any timm name | with its published weights |
 | `hf-hub:user/name` | a timm model of the Hugging Face Hub |
-| `vit_pico_patch8_pmae@runs/mine/encoder.safetensors` | a timm architecture with weights from a file |
+| `vit_pico_patch8_pmae@runs/mine` | a timm architecture with the weights of a run's folder, or of a file |
 | `vit_pico_patch8_pmae@random` | the same with random weights: what the architecture alone is worth |
 | `pixels:16` | no model: the image itself at 16 x 16 |
 """
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder
-from perceptual_mae_models.building import check_model_name
+from perceptual_mae_models.building import check_model_name, weights_file
 from perceptual_mae_models.features import FeatureExtractor, Precision
 from training.evaluate.features import fingerprint_model, fingerprint_weights
 from training.recipes import Recipe
@@ -100,7 +100,7 @@ def check_name(name: str) -> None:
         return
     architecture, _, weights = name.partition("@")
     check_model_name(architecture)
-    if weights and weights != RANDOM and not Path(weights).is_file():
+    if weights and weights != RANDOM and not weights_file(Path(weights)).is_file():
         raise FileNotFoundError(f"{name}: no such file of weights")
 
 
@@ -136,7 +136,8 @@ def open_autoencoder(name: str) -> tuple[MaskedAutoencoder, Recipe]:
     """The encoder that a name means with the decoder that was trained with it.
 
     Args:
-        name: `NAME@RUN/encoder.safetensors` of a finished run, or a model whose decoder comes with the package.
+        name: `NAME@RUN`, the folder of a finished run (or its `encoder.safetensors`), or a model whose decoder comes
+            with the package.
 
     Raises:
         ValueError: If there is no decoder.
@@ -146,9 +147,10 @@ def open_autoencoder(name: str) -> tuple[MaskedAutoencoder, Recipe]:
         if not weights:
             check_model_name(architecture)
             return open_embedded(architecture)
-        if Path(weights).name != "encoder.safetensors":
-            raise FileNotFoundError("give the encoder.safetensors of a run's folder")
-        network, recipe = open_run(Path(weights).parent)
+        file = weights_file(Path(weights))
+        if file.name != "encoder.safetensors":
+            raise FileNotFoundError("give a run's folder, or the encoder.safetensors in it")
+        network, recipe = open_run(file.parent)
         if recipe.model != architecture:
             raise FileNotFoundError(f"the run trained {recipe.model}")
         return network, recipe
