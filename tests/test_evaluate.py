@@ -33,7 +33,7 @@ from training.evaluate.intervals import mean_interval, sample_interval, share_in
 from training.evaluate.linear import Standardise, choose, fit_probe, judge, train_probe
 from training.evaluate.models import open_autoencoder, open_model
 from training.evaluate.options import Options
-from training.evaluate.protocols import Settings, run_linear
+from training.evaluate.protocols import Settings, run_few_shot, run_linear
 from training.evaluate.reconstruction import METRICS, compare_images, measure_reconstruction, rebuild_all
 from training.evaluate.split import check_pair, hold_back, name_groups
 from training.losses.structural import ms_ssim_each
@@ -295,6 +295,24 @@ def test_impossible_shots_are_refused(amount: str) -> None:
         draw_shots(torch.tensor([0] * 90 + [1] * 10), amount, torch.Generator())
 
 
+def test_shares_that_are_the_same_images_are_judged_once(capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = clouds(40), clouds(40, seed=1)
+    rows = list(run_few_shot(train, test, Settings(shots=("1%", "2%", "1", "30%"), draws=2)))
+    assert [row.setting for row in rows] == ["1%", "30%"]
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"few-shot {amount}: as many images of each class as 1%, left out" for amount in ("2%", "1")]
+
+
+def test_default_neighbours_are_those_that_a_small_set_has() -> None:
+    assert Settings().neighbours(1000) == (10, 20, 100, 200)
+    assert Settings().neighbours(24) == (10, 20)
+    assert Settings(k=(24,)).neighbours(24) == (24,)
+    impossible = (Settings(), 9), (Settings(k=(10, 25)), 24), (Settings(k=()), 24), (Settings(k=(0, 5)), 24)
+    for settings, images in impossible:
+        with pytest.raises(ValueError, match=rf"--k is .* at most the {images} training images"):
+            settings.neighbours(images)
+
+
 def test_more_labels_are_worth_more_and_draws_differ() -> None:
     train, test = clouds(800), clouds(2000, seed=1)
     few, many = (few_shot(train, test, amount, draws=6) for amount in ("1", "50%"))
@@ -416,7 +434,7 @@ def test_wrong_inputs_are_explained(photos: Path, others: Path, tmp_path: Path) 
         ({"data": tmp_path, "test": str(photos)}, "give either --data or"),
         ({"train": str(photos), "test": str(others), "protocols": ("reconstruction",)}, "pixels:4 cannot rebuild"),
         (
-            {"train": str(photos), "test": str(others), "settings": Settings()},
+            {"train": str(photos), "test": str(others), "settings": Settings(k=(1, 25))},
             r"--k is .* at most the 24 training images",
         ),
     ):

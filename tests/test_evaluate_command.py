@@ -107,7 +107,7 @@ def test_sets_that_do_not_belong_together_are_refused_before_anything_is_compute
         ({"models": ()}, "name a model"),
         ({"models": ("pixels:4", "pixels:4")}, "given twice"),
         ({"protocols": ("finetune",)}, "pixels have no weights to train"),
-        ({"settings": Settings(k=(), shots=("1",))}, "give numbers of neighbours"),
+        ({"settings": Settings(k=(), shots=("1",))}, r"--k is \(\): at least 1"),
         ({"models": (PICO,), "protocols": ("knn", "finetune")}, "more than the 4 training images"),
         (
             {"models": (PICO,), "protocols": ("segmentation",), "segmentation": SegmentationSettings(data=Path("no"))},

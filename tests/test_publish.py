@@ -34,6 +34,7 @@ from training.hub.repository import (
     registered_tags,
     write_repository,
 )
+from training.hub.results import list_accuracies
 
 EMBEDDED = "vit_pico_patch8_pmae.mae_imagenette"
 REPOSITORY = f"perceptual-mae/{EMBEDDED}"
@@ -134,6 +135,20 @@ def test_the_card_tells_the_figures_of_the_run_and_no_others(repository: Path) -
     assert f"{provenance['data']['images']:,} images" in card
     assert f"{provenance['cost']['steps']:,} steps" in card
     assert "Recipe only" not in card
+
+
+def test_a_card_shows_twenty_neighbours_or_the_first_number_there_is() -> None:
+    results = json.loads((EVALUATION / "cifar10" / "results.json").read_text())
+    prints = {results["models"]["vit_pico_patch8_pmae"]["weights"]}
+
+    def shown() -> list[str]:
+        rows = list_accuracies(results, "photos", prints)
+        assert {row["protocol"] for row in rows} > {"knn"}
+        return [row["setting"] for row in rows if row["protocol"] == "knn"]
+
+    assert shown() == ["k=20"]
+    results["results"] = [row for row in results["results"] if row["setting"] != "k=20"]
+    assert shown() == ["k=10"]
 
 
 def test_figures_in_the_card_are_those_of_the_evaluation() -> None:

@@ -15,13 +15,12 @@ from training.evaluate.features import Features
 from training.evaluate.linear import Standardise
 
 
-def draw_shots(labels: Tensor, amount: str, generator: torch.Generator) -> Tensor:
-    """Numbers of a few images of each class.
+def count_shots(labels: Tensor, amount: str) -> tuple[int, ...]:
+    """How many images of each class an amount is.
 
     Args:
         labels: (N,) int64.
         amount: Images a class, "5", or a share of each class, "10%", of which at least one is taken.
-        generator: Draws them.
 
     Raises:
         ValueError: If a class has too few images, or the amount is none.
@@ -32,12 +31,19 @@ def draw_shots(labels: Tensor, amount: str, generator: torch.Generator) -> Tenso
         number = 0.0
     if number <= 0 or (amount.endswith("%") and number > 100) or (not amount.endswith("%") and number % 1):
         raise ValueError(f"few-shot amount {amount!r}: give images a class, such as 5, or a share, such as 10%")
+    counts = []
+    for label, members in zip(*(found.tolist() for found in labels.unique(return_counts=True)), strict=True):
+        counts.append(max(1, round(number / 100 * members)) if amount.endswith("%") else int(number))
+        if counts[-1] > members:
+            raise ValueError(f"few-shot amount {amount}: class {label} has {members} training images")
+    return tuple(counts)
+
+
+def draw_shots(labels: Tensor, amount: str, generator: torch.Generator) -> Tensor:
+    """Numbers of a few images of each class, drawn; see `count_shots`."""
     chosen = []
-    for label in labels.unique():
+    for label, count in zip(labels.unique(), count_shots(labels, amount), strict=True):
         members = (labels == label).nonzero().flatten()
-        count = max(1, round(number / 100 * len(members))) if amount.endswith("%") else int(number)
-        if count > len(members):
-            raise ValueError(f"few-shot amount {amount}: class {int(label)} has {len(members)} training images")
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
     return torch.cat(chosen)
 

@@ -1,11 +1,12 @@
 """The protocols, each as rows of a table of results."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from training.evaluate.features import Features
-from training.evaluate.few_shot import few_shot
+from training.evaluate.few_shot import count_shots, few_shot
 from training.evaluate.intervals import mean_interval, pack_bits, share_interval
 from training.evaluate.knn import TEMPERATURE, knn_predict
 from training.evaluate.linear import fit_probe, judge
@@ -17,7 +18,7 @@ class Settings:
     """What the protocols are run with."""
 
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """k-NN: numbers of neighbours."""
+    """k-NN: numbers of neighbours; of the default ones, those that there are training images for."""
     epochs: int = 100
     """Linear probe: passes over the features."""
     hold_back: float = 0.1
@@ -34,11 +35,22 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least 1")
 
+    def neighbours(self, images: int) -> tuple[int, ...]:
+        """Numbers of neighbours among so many training images.
+
+        Raises:
+            ValueError: If there are none, or they are not so many.
+        """
+        fitting = tuple(k for k in self.k if 1 <= k <= images)
+        if not fitting or (fitting != self.k and self.k != Settings.k):
+            raise ValueError(f"--k is {self.k}: at least 1 and at most the {images} training images")
+        return fitting
+
 
 def run_knn(train: Features, test: Features, settings: Settings, device: str = "cpu") -> Iterator[Row]:
     """Weighted k-NN, DINO's protocol; on the CPU, whatever the device."""
     started = time.monotonic()
-    predicted = knn_predict(train.rows, train.labels, test.rows, settings.k)
+    predicted = knn_predict(train.rows, train.labels, test.rows, settings.neighbours(len(train)))
     seconds = time.monotonic() - started
     for k, labels in predicted.items():
         accuracy = share_interval(labels == test.labels)
@@ -72,7 +84,12 @@ def run_linear(train: Features, test: Features, settings: Settings, device: str 
 
 def run_few_shot(train: Features, test: Features, settings: Settings, device: str = "cpu") -> Iterator[Row]:
     """Logistic regression on few labels; on the CPU, whatever the device."""
+    drawn: dict[tuple[int, ...], str] = {}
     for amount in settings.shots:
+        counts = count_shots(train.labels, amount)
+        if (earlier := drawn.setdefault(counts, amount)) != amount:
+            print(f"few-shot {amount}: as many images of each class as {earlier}, left out", file=sys.stderr)
+            continue
         started = time.monotonic()
         values = few_shot(train, test, amount, draws=settings.draws, seed=settings.seed)
         seconds = time.monotonic() - started

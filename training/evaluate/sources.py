@@ -13,7 +13,7 @@ from training.data.masks import MaskSource
 from training.evaluate.dense import DenseData, DenseSettings
 from training.evaluate.detection import open_detection
 from training.evaluate.features import Features
-from training.evaluate.few_shot import draw_shots
+from training.evaluate.few_shot import count_shots
 from training.evaluate.fidelity import open_judges
 from training.evaluate.finetune_recipe import check_batch, resolve_recipe
 from training.evaluate.models import PIXELS, check_name, open_autoencoder
@@ -155,15 +155,13 @@ def check_learning(options: Options, sources: dict[str, ImageSource], prints: di
     train, test = (label(torch.empty(len(sources[split]), 0), sources[split], options) for split in ("train", "test"))
     check_pair(train, test)
     refuse_copies(sources["train"], sources["test"])
-    if "knn" in protocols and not settings.k:
-        raise ValueError("--k: give numbers of neighbours")
-    if "knn" in protocols and not 1 <= min(settings.k) <= max(settings.k) <= len(train):
-        raise ValueError(f"--k is {settings.k}: at least 1 and at most the {len(train)} training images")
+    if "knn" in protocols:
+        settings.neighbours(len(train))
     if {"linear", "shift"} & set(protocols):
         hold_back(train, settings.hold_back, settings.seed)
     if "few_shot" in protocols:
         for amount in settings.shots:
-            draw_shots(train.labels, amount, torch.Generator())
+            count_shots(train.labels, amount)
     if "finetune" in protocols:
         for name in options.models:
             if not name.startswith(PIXELS):

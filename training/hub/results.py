@@ -8,6 +8,7 @@ from training.hub.card import LABELS
 FEATURES = "cls+avg"
 """The representation whose figures cards show by default."""
 SHOWN_K = "k=20"
+"""The number of neighbours that cards show, where it was asked for; else the first."""
 
 
 def list_accuracies(
@@ -29,6 +30,8 @@ def list_accuracies(
         raise ValueError(
             f"{images}: no figures of these weights, but of {', '.join(evaluation.get('models', {})) or 'none'}"
         )
+    settings = [row["setting"] for row in evaluation["results"] if row["protocol"] == "knn"]
+    shown_k = SHOWN_K if SHOWN_K in settings else next(iter(settings), None)
     rows = [
         {
             "images": f"{images} ({evaluation['data']['test']['images']:,} test images)",
@@ -40,7 +43,7 @@ def list_accuracies(
         and row["metric"] == "accuracy"
         and row["features"] in ("", features)
         and row["protocol"] in LABELS
-        and (row["protocol"] != "knn" or row["setting"] == SHOWN_K)
+        and (row["protocol"] != "knn" or row["setting"] == shown_k)
     ]
     if not rows:
         raise ValueError(f"{images}: no accuracies of {models[0]} with {features} features")
