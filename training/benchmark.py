@@ -12,7 +12,6 @@ counted as often as they happen. Memory is that of a fresh process, above what i
 
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ from training.draws import draw
 from training.penalties import penalties
 from training.recipes import METHODS, AdversarialRecipe, Recipe
 from training.run.clock import StepClock
+from training.run.memory import call_in_fresh_process, resident_mb
 from training.step import training_step
 from training.team import autocast, create_team
 
@@ -246,26 +246,17 @@ def measure(options: Options) -> dict[str, Any]:
 
 def peak_memory_mb(method: str, options: Options, *, cuda: bool) -> float:
     """Peak memory of steps in a fresh process, above what it held before the networks existed, in 2^20 bytes."""
-    # glibc keeps much of what is freed, by habits that change with the order of allocations: make it give all back
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (method, options, cuda))
+    return call_in_fresh_process(_measure_memory, method, options, cuda)
 
 
 def _measure_memory(method: str, options: Options, cuda: bool) -> float:
     if method == BASELINE:
         import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401  (a library is no part of a step)
-    before = _resident_mb("VmRSS")
+    before = resident_mb("VmRSS")
     contestant = Contestant(method, options, torch.device("cuda" if cuda else "cpu"))
     for step in [*contestant.kinds, *contestant.kinds]:  # the first one runs before the optimisers hold anything
         contestant.run(step)
-    return torch.cuda.max_memory_allocated() / 2**20 if cuda else _resident_mb("VmHWM") - before
-
-
-def _resident_mb(field: str) -> float:
-    # not getrusage: its maximum is inherited from the process that started this one
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+    return torch.cuda.max_memory_allocated() / 2**20 if cuda else resident_mb("VmHWM") - before
 
 
 def describe_machine(device: torch.device, peak: float, options: Options) -> dict[str, Any]:

@@ -12,8 +12,6 @@
 """
 
 import json
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from training.data.images import ImageSource
 from training.evaluate.features import Features, cut, extract, load_views
 from training.evaluate.knn import knn_predict
 from training.evaluate.linear import LEARNING_RATES, fit_probe, judge
+from training.run.memory import call_in_fresh_process, resident_mb
 
 KS = (10, 20, 100, 200)
 
@@ -143,27 +142,15 @@ def measure_extraction(options: Options) -> dict[str, float]:
 
 def measure_memory(options: Options) -> dict[str, float]:
     """Peak megabytes by number of images."""
-    # glibc keeps much of what is freed, by habits that change with the order of allocations: make it give all back
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    found = {}
-    for count in options.memory:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[str(count)] = pool.apply(_peak_mb, (options, count))
-    return found
+    return {str(count): call_in_fresh_process(_peak_mb, options, count) for count in options.memory}
 
 
 def _peak_mb(options: Options, count: int) -> float:
     torch.set_num_threads(options.threads)
     extractor = FeatureExtractor(options.model)
-    before = _resident_mb("VmRSS")
+    before = resident_mb("VmRSS")
     extract(extractor, _noise(count, 2 * max(extractor.input_size)), batch_size=options.batch_size)
-    return _resident_mb("VmHWM") - before
-
-
-def _resident_mb(field: str) -> float:
-    # not getrusage: its maximum is inherited from the process that started this one
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+    return resident_mb("VmHWM") - before
 
 
 def show(measured: dict[str, Any]) -> str:
