@@ -691,12 +691,14 @@ def test_boxes_alone_and_wrong_settings(shapes_set: Path, tmp_path: Path) -> Non
     rows = list(detect(f"{MODEL}@random", settings, Place(out=tmp_path, engine=Engine(device="cpu"))))
     assert [row.metric for row in rows] == ["box_ap", "box_ap50"]
     for changes, message in (
-        ({"data": None}, "data: give a folder"),
-        ({"encoder": ()}, "give frozen, fine_tuned or both"),
-        ({"scale_jitter": (2.0, 1.0)}, "scale_jitter is 2.0, 1.0"),
-        ({"epochs": 0}, "must be above 0"),
-        ({"warmup": 1.0}, "warmup is 1.0"),
-        ({"score_threshold": 5.0}, "score_threshold is 5.0"),
+        ({"data": None}, "say on which images, by --detection.data"),
+        ({"data": Path("no")}, "--detection.data no: no such folder or tar"),
+        ({"encoder": ()}, r"--detection.encoder is \(\): it must be frozen, fine_tuned or both"),
+        ({"scale_jitter": (2.0, 1.0)}, r"--detection.scale-jitter is \(2.0, 1.0\): it must be two ascending"),
+        ({"epochs": 0}, "--detection.epochs is 0: it must be above 0"),
+        ({"batch_size": 0}, "--detection.batch-size is 0: it must be at least 1"),
+        ({"warmup": 1.0}, "--detection.warmup is 1.0: it must be at least 0 and below 1"),
+        ({"score_threshold": 5.0}, "--detection.score-threshold is 5.0: it must be at least 0 and below 1"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             list(detect(MODEL, dataclasses.replace(settings, **changes), Place(out=tmp_path)))  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import runpy
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -113,14 +115,6 @@ def test_sets_that_do_not_belong_together_are_refused_before_anything_is_compute
             {"models": (PICO,), "protocols": ("segmentation",), "segmentation": SegmentationSettings(data=Path("no"))},
             "no such folder or tar",
         ),
-        (
-            {
-                "models": (PICO,),
-                "protocols": ("detection",),
-                "detection": DetectionSettings(data=Path("tests"), epochs=0),
-            },
-            "epochs and batch_size must be above 0",
-        ),
     ],
 )
 def test_what_would_fail_later_fails_at_once(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -188,8 +182,24 @@ def test_a_test_of_copies_is_refused(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(flag: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} is {value}"):
         options(tmp_path, **{flag: value})
-    with pytest.raises(ValueError, match="--epochs is -5"):
+    with pytest.raises(ValueError, match="--epochs is -5: it must be at least 1"):
         Settings(epochs=-5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--epochs", "-5", "--epochs is -5: it must be at least 1"),
+        ("--detection.epochs", "0", "--detection.epochs is 0.0: it must be above 0"),
+    ],
+)
+def test_impossible_flags_are_refused_in_a_line(
+    flag: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "pixels:4", flag, value])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(ROOT / "training" / "evaluate.py"), run_name="__main__")
+    assert message in f"{refused.value.code}{capsys.readouterr().err}"
 
 
 def test_other_weights_under_the_same_name_do_not_join_a_table(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Segmentation: known shapes are learned, figures agree with torchmetrics, and no odd data set passes unnoticed."""
 
-import dataclasses
 import io
 import json
 import shutil
@@ -86,7 +85,7 @@ def small(tmp_path: Path) -> Path:
     return make_set(tmp_path / "small", {"train": 2, "test": 2})
 
 
-def settings(data: Path, **changes: Any) -> SegmentationSettings:
+def settings(data: Path | None, **changes: Any) -> SegmentationSettings:
     chosen = {"size": (SIZE, SIZE), "width": 32, "encoder": ("frozen",), "resamples": 50, **changes}
     return SegmentationSettings(data=data, **chosen)
 
@@ -489,14 +488,16 @@ def test_test_images_that_are_training_images_are_counted_and_nothing_else_is_no
 
 def test_settings_that_mean_nothing_are_refused(data: Path, tmp_path: Path) -> None:
     for changes, message in (
-        ({"data": None}, "give a folder or .tar"),
-        ({"encoder": ()}, "frozen, fine_tuned or both"),
-        ({"crop_scale": (0.5, 1.5)}, "crop_scale"),
-        ({"epochs": 0}, "epochs"),
+        ({"data": None}, "say on which images, by --segmentation.data"),
+        ({"encoder": ()}, r"--segmentation.encoder is \(\): it must be frozen, fine_tuned or both"),
+        ({"crop_scale": (0.5, 1.5)}, r"--segmentation.crop-scale is \(0.5, 1.5\): it must be two ascending"),
+        ({"epochs": 0}, "--segmentation.epochs is 0: it must be above 0"),
+        ({"resamples": 0}, "--segmentation.resamples is 0: it must be at least 1"),
+        ({"width": 4}, "--segmentation.width is 4: it must be at least 8"),
+        ({"num_classes": 1}, "--segmentation.num-classes is 1: it must be at least 2"),
     ):
-        wrong = dataclasses.replace(settings(data), **changes)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
-            list(segment("test_vit@random", wrong, place(tmp_path)))
+            list(segment("test_vit@random", settings(**{"data": data, **changes}), place(tmp_path)))
 
 
 def test_camvid(real_data: Path) -> None:

@@ -317,17 +317,19 @@ def test_impossible_settings_are_refused_before_anything_is_computed(tmp_path: P
     test = ImageSource(folders(tmp_path / "val", {"a": 2, "b": 2}))
     foreign = folders(tmp_path / "foreign", {"a": 1, "dog": 1})
     nothing = classifiers("ab", lambda _: pytest.fail("computed"))
-    for settings, message in (
-        (ShiftSettings(corruptions=("snow",)), "--shift.corruptions: no snow; there are"),
-        (ShiftSettings(severities=(0, 1)), "give some of 1 to 5"),
-        (ShiftSettings(severities=()), "give some of 1 to 5"),
-        (ShiftSettings(severities=(1, 1)), "1, 1: one is given twice"),
-        (ShiftSettings(images=5), "give 1 to 4"),
-        (ShiftSettings(images=0), "give 1 to 4"),
-        (ShiftSettings(data=(foreign,)), "foreign: 1 of its classes were not learned, such as dog"),
+    for changes, message in (
+        ({"corruptions": ("snow",)}, r"--shift.corruptions is \('snow',\): it must be some of gaussian_noise, .*"),
+        ({"corruptions": ("fog", "fog")}, "none twice"),
+        ({"severities": (0, 1)}, r"--shift.severities is \(0, 1\): it must be some of 1 to 5"),
+        ({"severities": ()}, "some of 1 to 5"),
+        ({"severities": (1, 1)}, r"\(1, 1\): it must be some of 1 to 5, none twice"),
+        ({"data": (foreign, foreign)}, "sets of which none is given twice"),
+        ({"images": 5}, "--shift.images is 5: it must be 1 to 4, which the test set has"),
+        ({"images": 0}, "1 to 4"),
+        ({"data": (foreign,)}, "foreign: 1 of its classes were not learned, such as dog"),
     ):
         with pytest.raises(ValueError, match=message):
-            next(run_shift(nothing, test, settings, Place(out=tmp_path)))
+            next(run_shift(nothing, test, ShiftSettings(**changes), Place(out=tmp_path)))  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
         next(run_shift(nothing, test, ShiftSettings(data=(str(tmp_path / "no"),)), Place(out=tmp_path)))
     with pytest.raises(ValueError, match="not finite"):

@@ -14,4 +14,8 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"evaluate.py: {error}: pip install -e '.[evaluate]'") from error
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        options = tyro.cli(Options)
+    except ValueError as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
+    main(options)

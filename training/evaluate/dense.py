@@ -20,6 +20,7 @@ from training.evaluate.duplicates import Duplicates
 from training.evaluate.encoders import encoder_groups, is_random
 from training.evaluate.rows import Place
 from training.evaluate.trainer import Schedule, Task, fit, run_name
+from training.settings import Checks, at_least, refuse
 
 Mode = Literal["frozen", "fine_tuned"]
 Source = TypeVar("Source")
@@ -29,6 +30,8 @@ Source = TypeVar("Source")
 class DenseSettings:
     """How a network with a decoder learns."""
 
+    protocol: ClassVar[str]
+    """Its name, which its flags begin with."""
     not_in_recipe: ClassVar[tuple[str, ...]] = ("data", "encoder", "resamples")
     """Settings that do not decide what is learned."""
 
@@ -57,23 +60,30 @@ class DenseSettings:
     seed: Annotated[int, Suppress] = 0
     """Decides decoders, random encoders, order and every draw."""
 
-    def wrong(self) -> list[tuple[bool, str]]:
-        """For each thing that can be wrong: whether it is, and what to say of it."""
-        return [
-            (not self.encoder, "encoder: give frozen, fine_tuned or both"),
-            (not 0 <= self.warmup < 1, f"warmup is {self.warmup}: a share of the steps, below 1"),
-            (self.epochs <= 0 or self.batch_size < 1, "epochs and batch_size must be above 0"),
-        ]
+    def __post_init__(self) -> None:
+        refuse(self, self.checks(), f"{self.protocol}.")
 
-    def check(self, protocol: str) -> None:
-        """Refuse at once what would fail later or mean nothing.
+    def checks(self) -> Checks:
+        """For each field that can be wrong: whether it is right, and what it must be."""
+        return {
+            "encoder": (bool(self.encoder), "frozen, fine_tuned or both"),
+            "epochs": (self.epochs > 0, "above 0"),
+            "warmup": (0 <= self.warmup < 1, "at least 0 and below 1"),
+            **at_least(self, {"batch_size": 1}),
+        }
+
+    def find_data(self) -> Path:
+        """Where images and annotations are.
 
         Raises:
-            ValueError: If so.
+            ValueError: If that is not said.
+            FileNotFoundError: If nothing is there.
         """
-        for wrong, message in self.wrong():
-            if wrong:
-                raise ValueError(f"{protocol}: {message}")
+        if self.data is None:
+            raise ValueError(f"--protocols {self.protocol}: say on which images, by --{self.protocol}.data")
+        if not self.data.exists():
+            raise FileNotFoundError(f"--{self.protocol}.data {self.data}: no such folder or tar")
+        return self.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +122,11 @@ def create_optimizer(
 
 
 def learn(
-    protocol: str, task: Task, recipe: dict[str, Any], data: dict[str, str], settings: DenseSettings, place: Place
+    task: Task, recipe: dict[str, Any], data: dict[str, str], settings: DenseSettings, place: Place
 ) -> tuple[nn.Module, dict[str, object], float]:
     """A trained network, what there is to say about it, and the seconds of its training.
 
     Args:
-        protocol: Its name.
         task: What is learned.
         recipe: JSON-able; with `data` it decides the result.
         data: Fingerprints of the training images and their annotations.
@@ -134,6 +143,6 @@ def learn(
         seed=settings.seed,
     )
     description = {"recipe": recipe, "data": data}
-    out = place.out / "runs" / run_name(protocol, description)
+    out = place.out / "runs" / run_name(settings.protocol, description)
     network, seconds = fit(task, schedule, description, out, place.engine)
     return network, {"recipe": recipe, "steps": steps, "run": str(out.relative_to(place.out))}, seconds

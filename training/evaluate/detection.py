@@ -32,6 +32,7 @@ from training.evaluate.trainer import Task
 from training.grids import labelled_rows
 from training.networks.pyramid import DetectorShape, build_detector
 from training.run.seeding import derive_seed, seeded
+from training.settings import Checks
 
 SHOWN = 6
 """Test images in the picture."""
@@ -46,6 +47,7 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#4
 class DetectionSettings(DetectorShape, DenseSettings):
     """How a detector learns."""
 
+    protocol: ClassVar[str] = "detection"
     not_in_recipe: ClassVar[tuple[str, ...]] = (*DenseSettings.not_in_recipe, "score_threshold", "max_detections")
 
     data: Path | None = None
@@ -67,15 +69,14 @@ class DetectionSettings(DetectorShape, DenseSettings):
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16: autocast in training; boxes stay float32."""
 
-    def wrong(self) -> list[tuple[bool, str]]:
-        """For each thing that can be wrong: whether it is, and what to say of it."""
+    def checks(self) -> Checks:
+        """For each field that can be wrong: whether it is right, and what it must be."""
         low, high = self.scale_jitter
-        return [
-            (self.data is None, "data: give a folder or .tar in COCO's layout"),
-            *super().wrong(),
-            (not 0 < low <= high, f"scale_jitter is {low}, {high}: least and most, above 0"),
-            (not 0 <= self.score_threshold < 1, f"score_threshold is {self.score_threshold}: in [0, 1)"),
-        ]
+        return {
+            **super().checks(),
+            "scale_jitter": (0 < low <= high, "two ascending numbers above 0"),
+            "score_threshold": (0 <= self.score_threshold < 1, "at least 0 and below 1"),
+        }
 
 
 def _views(source: CocoSource, settings: DetectionSettings) -> DetectionViews:
@@ -180,7 +181,7 @@ def learn_detector(
 ) -> tuple[nn.Module, dict[str, object], float]:
     """A trained detector, what there is to say about it, and the seconds of its training."""
     task, recipe, strides = create_task(name, train, settings, mode)
-    network, detail, seconds = learn("detection", task, recipe, fingerprints(train), settings, place)
+    network, detail, seconds = learn(task, recipe, fingerprints(train), settings, place)
     return network, {**detail, "strides": strides}, seconds
 
 
@@ -214,14 +215,13 @@ def open_detection(settings: DetectionSettings, groups: str | None = None) -> De
         FileNotFoundError: If there are none.
         ImageError: At an image that does not decode.
     """
-    settings.check("detection")
-    assert settings.data is not None
-    train, test = open_coco(settings.data, masks=settings.masks)
+    data = settings.find_data()
+    train, test = open_coco(data, masks=settings.masks)
     duplicates = refuse_copies(train, test, groups)
     for source in (train, test):
         source.look_at_all()
     everything = combine(*fingerprints(train).values(), *fingerprints(test).values())
-    facts = {"name": settings.data.name, "images": len(test), "fingerprint": everything}
+    facts = {"name": data.name, "images": len(test), "fingerprint": everything}
     return DenseData(train=train, test=test, learned=fingerprints(train), facts=facts, duplicates=duplicates)
 
 
@@ -244,7 +244,6 @@ def run_detection(name: str, data: DenseData[CocoSource], settings: DetectionSet
         ImageError: At an image that does not decode.
         RunError: If a loss is not finite.
     """
-    settings.check("detection")
     train, test = data.train, data.test
     for mode in settings.encoder:
         network, detail, seconds = learn_detector(name, train, settings, mode, place)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.evaluate.encoders import is_random
+from training.settings import at_least, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +47,15 @@ class FineTuneRecipe:
 
     def __post_init__(self) -> None:
         shares = ("drop_path", "random_erase", "smoothing")
-        right = {
+        checks = {
             **{name: (getattr(self, name) > 0, "above 0") for name in ("epochs", "batch_size", "blr")},
-            **{name: (getattr(self, name) >= 0, "at least 0") for name in ("warmup_epochs", "mixup", "cutmix")},
+            **at_least(self, {"warmup_epochs": 0, "mixup": 0, "cutmix": 0}),
             **{name: (0 <= getattr(self, name) < 1, "at least 0 and below 1") for name in shares},
             "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
             "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"),
             "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "above 0"),
         }
-        for name, (ok, expected) in right.items():
-            if not ok:
-                flag = f"--finetune.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {getattr(self, name)}: it must be {expected}")
+        refuse(self, checks, "finetune.")
 
     @property
     def mixes(self) -> bool:

@@ -15,6 +15,7 @@ from training.evaluate.rows import Place
 from training.evaluate.segmentation import SegmentationSettings
 from training.evaluate.shift import ShiftSettings
 from training.evaluate.trainer import Engine
+from training.settings import at_least, refuse
 
 Protocol = Literal["knn", "linear", "few_shot", "finetune", "shift", "reconstruction", "segmentation", "detection"]
 LABELLED = frozenset(("knn", "linear", "few_shot", "finetune", "shift"))
@@ -79,10 +80,7 @@ class Options:
     """Training steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("workers", 0), ("train_images", 1), ("test_images", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+        refuse(self, at_least(self, {"batch_size": 1, "workers": 0, "train_images": 1, "test_images": 1}))
 
     @property
     def place(self) -> Place:

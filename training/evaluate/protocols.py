@@ -11,6 +11,7 @@ from training.evaluate.intervals import mean_interval, pack_bits, share_interval
 from training.evaluate.knn import TEMPERATURE, knn_predict
 from training.evaluate.linear import fit_probe, judge
 from training.evaluate.rows import Row
+from training.settings import at_least, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,7 @@ class Settings:
     """Decides draws, orders, what is held back, and the weights of random models."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        refuse(self, at_least(self, {"epochs": 1, "draws": 1}))
 
     def neighbours(self, images: int) -> tuple[int, ...]:
         """Numbers of neighbours among so many training images.

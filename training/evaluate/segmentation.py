@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from training.evaluate.trainer import Task
 from training.grids import labelled_rows
 from training.networks.segmenter import Segmenter
 from training.run.seeding import derive_seed, seeded
+from training.settings import Checks, at_least
 
 SHOWN = 6
 """Test images in the picture."""
@@ -41,6 +42,8 @@ ASPECT = (3 / 4, 4 / 3)
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSettings(DenseSettings):
     """How a segmentation network learns."""
+
+    protocol: ClassVar[str] = "segmentation"
 
     data: Path | None = None
     """A folder or an uncompressed .tar with images and masks, see `training/data/masks.py`."""
@@ -57,17 +60,14 @@ class SegmentationSettings(DenseSettings):
     width: int = 256
     """Channels of the decoder."""
 
-    def wrong(self) -> list[tuple[bool, str]]:
-        """For each thing that can be wrong: whether it is, and what to say of it."""
+    def checks(self) -> Checks:
+        """For each field that can be wrong: whether it is right, and what it must be."""
         low, high = self.crop_scale
-        return [
-            (self.data is None, "data: give a folder or .tar of images and masks"),
-            *super().wrong(),
-            (not 0 < low <= high <= 1, f"crop_scale is {low}, {high}: least and most, above 0 and at most 1"),
-            (self.resamples < 1, "resamples must be at least 1"),
-            (self.width < 8, f"width is {self.width}: at least 8"),
-            ((self.num_classes or 2) < 2, f"num_classes is {self.num_classes}: at least 2"),
-        ]
+        return {
+            **super().checks(),
+            "crop_scale": (0 < low <= high <= 1, "two ascending numbers in (0, 1]"),
+            **at_least(self, {"resamples": 1, "width": 8, "num_classes": 2}),
+        }
 
 
 class SegmentationViews(Dataset[Any]):
@@ -175,16 +175,15 @@ def open_segmentation(settings: SegmentationSettings, groups: str | None = None)
         FileNotFoundError: If there are none.
         ImageError: At a mask that does not decode.
     """
-    settings.check("segmentation")
-    assert settings.data is not None
-    train, test, census = open_masks(settings.data, void=settings.void, num_classes=settings.num_classes)
+    data = settings.find_data()
+    train, test, census = open_masks(data, void=settings.void, num_classes=settings.num_classes)
     learned = {"train": fingerprint_data(train), "masks": census["train"].digest}
     everything = combine(*learned.values(), fingerprint_data(test), census["test"].digest)
     return DenseData(
         train=train,
         test=test,
         learned=learned,
-        facts={"name": settings.data.name, "images": len(test), "fingerprint": everything},
+        facts={"name": data.name, "images": len(test), "fingerprint": everything},
         duplicates=refuse_copies(train, test, groups),
     )
 
@@ -209,10 +208,9 @@ def run_segmentation(
         ImageError: At an image that does not decode.
         RunError: If a loss is not finite.
     """
-    settings.check("segmentation")
     for mode in settings.encoder:
         task, recipe = create_task(name, data.train, settings, mode)
-        network, detail, seconds = learn("segmentation", task, recipe, data.learned, settings, place)
+        network, detail, seconds = learn(task, recipe, data.learned, settings, place)
         started = time.monotonic()
         counts, shown = judge(network, data.test, settings, place)
         miou, accuracy = bootstrap(counts, settings.resamples, settings.seed)

@@ -9,7 +9,7 @@ is each image's predicted class, so an interrupted evaluation repeats at most on
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from training.evaluate.corruptions import CORRUPTIONS, SEVERITIES, CorruptedSour
 from training.evaluate.features import fingerprint_data
 from training.evaluate.intervals import Interval, sample_interval, share_interval
 from training.evaluate.rows import Place, Row
+from training.settings import refuse
 
 CLEAN = "clean"
 
@@ -42,6 +43,17 @@ class ShiftSettings:
     """How much, 1 to 5."""
     images: int | None = None
     """Damage so many of the test images, evenly spaced over them. None: all."""
+
+    def __post_init__(self) -> None:
+        def some(values: Collection[object], known: Collection[object]) -> bool:
+            return len(set(values)) == len(values) and set(values) <= set(known)
+
+        checks = {
+            "data": (some(self.data, self.data), "sets of which none is given twice"),
+            "corruptions": (some(self.corruptions, CORRUPTIONS), f"some of {', '.join(CORRUPTIONS)}, none twice"),
+            "severities": (bool(self.severities) and some(self.severities, SEVERITIES), "some of 1 to 5, none twice"),
+        }
+        refuse(self, checks, "shift.")
 
 
 def match_labels(names: Sequence[str], labels: Sequence[int], classes: Sequence[str], where: str) -> Tensor:
@@ -112,22 +124,14 @@ def open_shifted(settings: ShiftSettings, classes: tuple[str, ...]) -> list[Shif
     return found
 
 
-def check_settings(settings: ShiftSettings, images: int) -> None:
-    """Refuse what would fail after hours: `run_shift` does at its beginning, a command may earlier.
+def check_number(settings: ShiftSettings, images: int) -> None:
+    """Refuse more images than there are: `run_shift` does at its beginning, a command may earlier.
 
     Raises:
-        ValueError: If a setting is impossible with so many test images.
+        ValueError: If there are not so many test images.
     """
-    if unknown := [name for name in settings.corruptions if name not in CORRUPTIONS]:
-        raise ValueError(f"--shift.corruptions: no {', '.join(unknown)}; there are {', '.join(CORRUPTIONS)}")
-    if not set(settings.severities) <= set(SEVERITIES) or not settings.severities:
-        raise ValueError(f"--shift.severities is {settings.severities}: give some of 1 to 5")
-    for flag in ("data", "corruptions", "severities"):
-        values: tuple[object, ...] = getattr(settings, flag)
-        if len(set(values)) < len(values):
-            raise ValueError(f"--shift.{flag} is {', '.join(map(str, values))}: one is given twice")
-    if settings.images is not None and not 1 <= settings.images <= images:
-        raise ValueError(f"--shift.images is {settings.images}: give 1 to {images}, which the test set has")
+    ok = settings.images is None or 1 <= settings.images <= images
+    refuse(settings, {"images": (ok, f"1 to {images}, which the test set has")}, "shift.")
 
 
 def run_shift(
@@ -157,7 +161,7 @@ def run_shift(
         FileNotFoundError: If a set is missing.
         ImageError: If an image does not decode.
     """
-    check_settings(settings, len(test))
+    check_number(settings, len(test))
     shifted = open_shifted(settings, classifiers.classes)
     labels = match_labels(test.classes, test.labels, classifiers.classes, test.spec)
     started = time.monotonic()

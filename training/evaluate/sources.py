@@ -19,7 +19,7 @@ from training.evaluate.finetune_recipe import check_batch, resolve_recipe
 from training.evaluate.models import PIXELS, check_name, open_autoencoder
 from training.evaluate.options import DENSE, LABELLED, LEARNING, Options
 from training.evaluate.segmentation import open_segmentation
-from training.evaluate.shift import check_settings, open_shifted
+from training.evaluate.shift import check_number, open_shifted
 from training.evaluate.split import check_pair, hold_back, name_groups, refuse_copies
 from training.run.engine import count_processes
 
@@ -114,11 +114,7 @@ def check_before(options: Options, sources: dict[str, ImageSource], prints: dict
         open_judges(options.reconstruction, len(sources["test"]), options.settings.seed, "cpu")
     for protocol in sorted(DENSE & set(options.protocols)):
         settings: DenseSettings = getattr(options, protocol)
-        if settings.data is None:
-            raise ValueError(f"--protocols {protocol}: say on which images, by --{protocol}.data")
-        if not settings.data.exists():
-            raise FileNotFoundError(f"--{protocol}.data {settings.data}: no such folder or tar")
-        settings.check(protocol)
+        settings.find_data()
     alone = set(options.protocols) - DENSE - {"finetune"}
     if count_processes() > 1 and alone:
         raise ValueError(f"--protocols {' '.join(sorted(alone))}: run these in one process, not under a launcher")
@@ -167,7 +163,7 @@ def check_learning(options: Options, sources: dict[str, ImageSource], prints: di
             if not name.startswith(PIXELS):
                 check_batch(resolve_recipe(name, options.finetune, settings.seed), len(train))
     if "shift" in protocols:
-        check_settings(options.shift, len(test))
+        check_number(options.shift, len(test))
         open_shifted(options.shift, train.classes)
 
 
