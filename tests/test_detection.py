@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torchvision.ops import masks_to_boxes
 
@@ -564,6 +565,17 @@ def test_a_fine_tuned_encoder_learns_and_a_frozen_one_stays(shapes_set: Path, tm
     learned, _, _ = learn_detector(MODEL, train, settings, "frozen", Place(out=tmp_path, engine=Engine(device="cpu")))
     own = open_model(MODEL, device="cpu")[0].model
     assert fingerprint_weights(learned.backbone.encoder) == fingerprint_weights(own)
+
+
+def test_a_detector_on_a_convolutional_encoder_is_kept(shapes_set: Path, tmp_path: Path) -> None:
+    train, _ = open_coco(shapes_set)
+    settings = dataclasses.replace(SETTINGS, epochs=1 / 12)
+    place = Place(out=tmp_path, engine=Engine(device="cpu"))
+    learned, detail, _ = learn_detector("resnet10t@random", train, settings, "fine_tuned", place)
+    (file,) = (tmp_path / str(detail["run"])).rglob("network.safetensors")
+    kept = load_file(file)
+    assert kept.keys() == learned.state_dict().keys()
+    assert all(torch.equal(value, kept[name]) for name, value in learned.state_dict().items())
 
 
 def test_images_without_objects_leave_no_parameter_without_gradient() -> None:

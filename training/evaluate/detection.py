@@ -40,7 +40,7 @@ SHOWN_SCORE = 0.5
 TILE = (288, 384)
 """Height and width in pixels of an image in it."""
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6")
-"""Of classes, in turn."""
+"""Colours of the classes, in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class DetectionSettings(DetectorShape, DenseSettings):
     layer_decay: float = 0.7
     """Factor of the learning rate from each of the encoder's layers to the one below; 1 for random weights always."""
     weight_decay: float = 0.1
-    """Of matrices."""
+    """AdamW weight decay, on matrices only."""
     scale_jitter: tuple[float, float] = (0.8, 1.25)
     """Least and most that a training image is enlarged by; what leaves the canvas is cut off."""
     resamples: int = 200
@@ -156,7 +156,9 @@ def create_task(
         FileNotFoundError: If its weights are missing.
     """
     extractor, _ = open_model(name, device="cpu", seed=settings.seed)
-    weights, encoder = fingerprint_model(extractor), extractor.model
+    weights = fingerprint_model(extractor)
+    # the extractor lays convolutions' weights out channels-last, and no file of weights takes them so
+    encoder = extractor.model.to(memory_format=torch.contiguous_format)
     with seeded(derive_seed(settings.seed, "detector")):
         network = build_detector(
             encoder, settings, classes=len(train.classes), masks=train.masks, frozen=mode == "frozen"
@@ -172,7 +174,7 @@ def _heads(network: Any) -> list[nn.Module]:
 
 
 def fingerprints(source: CocoSource) -> dict[str, str]:
-    """Of the images and of what is said of them."""
+    """Fingerprints of the images and of their annotations."""
     return {"train": fingerprint_data(source), "annotations": source.digest}
 
 
