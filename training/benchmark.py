@@ -54,7 +54,7 @@ class Options:
     batch_size: int = 8
     """Images a step, over all processes."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks' forward pass."""
+    """Arithmetic of the networks' forward pass."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     d_width: int | None = None
@@ -163,7 +163,7 @@ class Contestant:
 
     @property
     def share_by_part(self) -> dict[str, float]:
-        """Of a step's time, each kind of step counted as often as it happens."""
+        """Shares of a step's time, each kind of step counted as often as it happens."""
         weights = {step: statistics.median(self.seconds[step]) * count for step, count in self.kinds.items()}
         parts = {part for shares in self.shares.values() for part in shares}
         return {

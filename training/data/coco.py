@@ -166,7 +166,7 @@ class CocoReader:
 
     @property
     def labels(self) -> list[int]:
-        """Of whole images there are none."""
+        """There are none: whole images have no class."""
         raise ValueError(f"{self.where}: has boxes, not one label an image")
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ from training.data.images import ImageSource
 from training.data.readers import PartReader, Reader, open_reader
 
 VOID = -1
-"""In masks: no class; neither learned nor judged."""
+"""A pixel of no class, which is neither learned nor judged."""
 
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 """What Pillow multiplies the values of 2- and 4-bit grey files with."""
@@ -245,7 +245,7 @@ def _listed(values: Iterable[object]) -> str:
 
 
 Files = dict[tuple[str, bool], dict[str, int]]
-"""By split, and whether they are masks: numbers of the files by path without ending."""
+"""Numbers of the files by path without ending, for each split and for images (False) and masks (True)."""
 
 
 def _find_layout(reader: Reader, place: str) -> tuple[Layout, Files]:

@@ -31,9 +31,9 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Of its first byte."""
+    """Where its first byte is."""
     size: int
-    """In bytes."""
+    """Bytes."""
 
 
 class TarError(ValueError):

@@ -38,7 +38,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """Of all test images."""
+    """Average precision over all test images."""
 
     ap: Interval
     """In [0, 1], with the percentile bootstrap's interval (Efron 1979) over test images."""

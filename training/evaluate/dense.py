@@ -48,7 +48,7 @@ class DenseSettings:
     layer_decay: float = 0.75
     """Factor of the learning rate from each of the encoder's layers to the one below; 1 for random weights always."""
     weight_decay: float = 0.05
-    """Of matrices."""
+    """AdamW weight decay, on matrices only."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises."""
     clip_grad: float | None = 1.0

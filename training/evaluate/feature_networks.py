@@ -15,7 +15,7 @@ from training.evaluate.models import open_model
 
 DOWNLOAD = "download"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of the file that torch-fidelity and pytorch-fid publish: the network of Heusel et al., converted."""
+"""Digest of the file that torch-fidelity and pytorch-fid publish: the network of Heusel et al., converted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from training.data.readers import HUB_PREFIX
 
 IMAGES_A_FILE = 4096
 IMAGES_READ = 100_000
-"""To tell one set of images from another."""
+"""Most files that are read to tell one set of images from another."""
 READERS = 16
 """Threads that read them: storage of a network answers one at a time slowly."""
 
@@ -210,7 +210,7 @@ class Scan:
     fingerprint: str
     """Sixteen hexadecimal digits that change with names, labels or content."""
     digests: dict[int, bytes]
-    """Of the files by number: all of them, or of huge sets every so manieth."""
+    """Digests of the files by number: of all, or of every so manieth where there are very many."""
 
 
 _scans: WeakKeyDictionary[ImageSource, Scan] = WeakKeyDictionary()

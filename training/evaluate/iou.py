@@ -9,7 +9,7 @@ from training.run.seeding import generator
 
 
 def count_pixels(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Of every class the pixels that are rightly predicted, that are its own, and that are predicted as it.
+    """Pixels of every class: those rightly predicted, those that are its own, and those predicted as it.
 
     Args:
         truth: Any shape, `VOID` where nothing counts.

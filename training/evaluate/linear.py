@@ -16,14 +16,14 @@ from training.evaluate.features import Features
 from training.evaluate.split import hold_back
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-"""Of 256 images a step."""
+"""Peak rates of batches of 256 images; other batches learn in proportion to their size."""
 LEAST_STEPS = 1000
 """Few images need as many steps as many do."""
 
 
 @dataclass(frozen=True)
 class Standardise:
-    """To zero mean and unit variance a column."""
+    """Brings every column to zero mean and unit variance."""
 
     mean: Tensor
     deviation: Tensor

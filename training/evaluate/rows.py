@@ -39,5 +39,5 @@ class Row:
     value: Interval
     """With its 95 % interval: over the test images, or over the draws."""
     seconds: float
-    """Of the protocol, features not counted; shared by the rows of one call."""
+    """What the protocol took, features not counted; rows of one call share it."""
     detail: dict[str, object]

@@ -34,7 +34,7 @@ from training.settings import Checks, at_least
 SHOWN = 6
 """Test images in the picture."""
 SHOWN_WIDTH = 256
-"""Of an image in it, about, in screen pixels."""
+"""Screen pixels that an image in it is wide, about."""
 ASPECT = (3 / 4, 4 / 3)
 """Least and most that a crop's sides are out of the image's proportion."""
 

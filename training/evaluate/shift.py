@@ -218,7 +218,7 @@ def _rows(
 
 
 def _mean_interval(right: Tensor) -> Interval:
-    """Of the mean over K settings of the same images, (K, N): the images are independent, their K answers are not."""
+    """Interval of the mean over K settings of the same images, (K, N): images are independent, K answers not."""
     if len(right) == 1:
         return share_interval(right[0])
     interval = sample_interval(right.double().mean(dim=0))

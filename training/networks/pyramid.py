@@ -43,7 +43,7 @@ class DetectorShape:
     width: int = 256
     """Channels of the pyramid and of the mask head."""
     head_width: int = 1024
-    """Of the box head's two layers."""
+    """Width of the box head's two layers."""
     proposals: int = 1000
     """Boxes of the first stage that the second one looks at, an image."""
     sampled_boxes: int = 512
@@ -107,8 +107,8 @@ class PyramidBackbone(OnEncoderMaps):
     """An encoder with a pyramid; the `backbone` of torchvision's detectors.
 
     Attributes:
-        strides: Of the levels in pixels, the pooled one last: of patches of 8, (2, 4, 8, 16, 32).
-        out_channels: Of every level.
+        strides: Pixels between neighbours in each level, the pooled one last; (2, 4, 8, 16, 32) for patches of 8.
+        out_channels: Channels of every level.
 
     Args:
         encoder: A timm model with its weights, for images of its own size; it is changed.
