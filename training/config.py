@@ -9,6 +9,7 @@ import tyro
 from training.cost import IMAGENET_IMAGES
 from training.data.feed import Feed
 from training.recipes import Recipe
+from training.settings import at_least, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,7 @@ class Runtime:
     """Where metrics go besides metrics.jsonl; each needs its package."""
 
     def __post_init__(self) -> None:
-        for name, least in (("micro_batches", 1), ("workers", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+        refuse(self, at_least(self, {"micro_batches": 1, "workers": 0}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +67,7 @@ class Output:
 
     def __post_init__(self) -> None:
         least = {"keep_checkpoints": 1, "checkpoint_every": 0, "log_every": 1, "grid_every": 0, "epoch_images": 1}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {lowest}")
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f"--max-broken is {self.max_broken:g}: a share, between 0 and 1")
+        refuse(self, {**at_least(self, least), "max_broken": (0 <= self.max_broken <= 1, "a share, between 0 and 1")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +87,7 @@ class Monitor:
     """Split of --knn-bank, where that is an hf: data set."""
 
     def __post_init__(self) -> None:
-        if self.knn_every <= 0:
-            raise ValueError(f"--knn-every is {self.knn_every:g}: it must be above 0")
+        refuse(self, {"knn_every": (self.knn_every > 0, "above 0")})
         if self.knn_bank is not None and self.knn_data is None:
             raise ValueError("--knn-bank holds neighbours of --knn-data: give that too")
 
@@ -115,9 +108,8 @@ class Estimate:
     """Share of these peaks that the run reaches; metrics.jsonl and training/benchmark.py say what yours does."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "devices", "peak_tflops", "fp32_peak_tflops", "assumed_utilisation"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value:g}: it must be above 0")
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        refuse(self, {name: (value > 0, "above 0") for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

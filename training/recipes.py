@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import Suppress
 
 from training.run.schedule import steps_of
+from training.settings import Checks, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,9 @@ class Recipe:
     """Decides the initial weights, the order of the images, the crops, the masks and every other draw."""
 
     def __post_init__(self) -> None:
-        for name, (ok, expected) in self._checks().items():
-            if not ok:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {expected}")
+        refuse(self, self._checks())
 
-    def _checks(self) -> dict[str, tuple[bool, str]]:
+    def _checks(self) -> Checks:
         """For each field that can be wrong: whether it is right, and what it must be."""
         pixels = self.reconstruction in ("l1", "l2")
         return {
@@ -205,7 +204,7 @@ class AdversarialRecipe(Recipe):
             return 0
         return steps_of("--phi-refresh", self.phi_refresh, num_images, self.batch_size, way_out="--epoch-images")
 
-    def _checks(self) -> dict[str, tuple[bool, str]]:
+    def _checks(self) -> Checks:
         phi_is_known = self.phi in ("discriminator", "snapshot") or self.phi.startswith("timm:")
         at_least_zero = ("adversarial_weight", "feature_weight", "style_weight", "r1_gamma")
         above_zero = ("d_lr", "r1_every", "path_every", "phi_refresh", "ada_images")

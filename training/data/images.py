@@ -112,9 +112,6 @@ def evenly_by_class(labels: Tensor, limit: int) -> Tensor:
     return labels.argsort(stable=True)[evenly(len(labels), limit)].sort().values
 
 
-spread = evenly_by_class
-
-
 def keep_some(source: ImageSource, limit: int | None) -> ImageSource:
     """At most so many of a source's images: evenly spaced in the order of their classes, where they have any."""
     if limit is None or limit >= len(source):

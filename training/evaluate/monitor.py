@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from perceptual_mae_models.features import FeatureExtractor
 from training.config import Monitor
 from training.data.feed import num_images
-from training.data.images import ImageSource, spread
+from training.data.images import ImageSource, evenly_by_class
 from training.data.readers import FolderReader
 from training.data.stream import ImageStream
 from training.evaluate.duplicates import find_duplicates
@@ -145,7 +145,7 @@ class _Kept:
 
     def __init__(self, source: ImageSource, geometry: v2.Compose, workers: int) -> None:
         labels = torch.tensor(source.labels)
-        numbers = spread(labels, IMAGES_KEPT)
+        numbers = evenly_by_class(labels, IMAGES_KEPT)
         self.labels = labels[numbers]
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed from the global generator
             self.views = torch.cat(list(load_views(source, geometry, cut(numbers.tolist(), BATCH_SIZE), workers)))

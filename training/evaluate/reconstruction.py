@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, random_masking
 from perceptual_mae_models.reconstruction import Views, middle, rebuild
-from training.data.images import ImageSource
+from training.data.images import ImageSource, evenly
 from training.evaluate.features import cut, load_views
 from training.grids import labelled_rows
 from training.losses.structural import WINDOW, ms_ssim_each, ssim_map
@@ -144,8 +144,7 @@ def spread(total: int, count: int | None) -> list[int]:
     """
     if count is not None and count < 1:
         raise ValueError(f"--reconstruction.images is {count}: at least 1")
-    count = min(total, count or total)
-    return [index * total // count for index in range(count)]
+    return evenly(total, count or total)
 
 
 def draw_reconstructions(

@@ -32,6 +32,7 @@ from training.run.record import Intervals, RunRecord
 from training.run.schedule import create_scheduler
 from training.run.seeding import derive_seed
 from training.run.signals import Interrupted, StopRequest, ignore_in_workers
+from training.settings import at_least, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,7 @@ class Engine:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batches", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        refuse(self, at_least(self, {"micro_batches": 1, "checkpoint_every": 1, "log_every": 1}))
 
 
 @dataclass(frozen=True, kw_only=True)
