@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from perceptual_mae_models.features import FeatureExtractor
 from training import compare, pretrain
 from training.data.feed import Feed, batches, describe_data
-from training.data.images import ImageSource, RandomViews, create_loader, spread
+from training.data.images import ImageSource, RandomViews, create_loader, evenly_by_class
 from training.data.sampler import DeterministicBatchSampler
 from training.draws import draw
 from training.evaluate.features import extract
@@ -563,10 +563,10 @@ def test_the_monitor_equals_the_evaluation_and_leaves_no_trace(
 
 def test_of_many_images_evenly_spaced_ones_are_kept() -> None:
     labels = torch.tensor([1, 0] * 300 + [2] * 200)
-    kept = spread(labels, 80)
+    kept = evenly_by_class(labels, 80)
     assert labels[kept].bincount().tolist() == [30, 30, 20]
     assert kept.tolist() == sorted(set(kept.tolist()))
-    assert spread(labels, 800).tolist() == list(range(800))
+    assert evenly_by_class(labels, 800).tolist() == list(range(800))
 
 
 @pytest.mark.parametrize(
