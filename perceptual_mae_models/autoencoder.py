@@ -99,7 +99,7 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
 
     Args:
         noise: (N, L), one number a patch. The caller draws it, so a run, a test and a picture can fix it.
-        mask_ratio: Share of patches to hide, in [0, 1).
+        mask_ratio: Share of patches to hide, in [0, 1].
 
     Returns:
         The masking; K = int(L * (1 - mask_ratio)) patches stay visible.
@@ -107,8 +107,8 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     Raises:
         ValueError: If there is no such share.
     """
-    if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask_ratio is {mask_ratio}: it must be at least 0 and below 1")
+    if not 0 <= mask_ratio <= 1:
+        raise ValueError(f"mask_ratio is {mask_ratio}: it must be from 0 to 1")
     length = noise.shape[1]
     num_keep = int(length * (1 - mask_ratio))
     ids_shuffle = noise.argsort(dim=1)

@@ -267,7 +267,7 @@ def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_noise_masks_and_bytes_that_mean_nothing_are_refused_by_name() -> None:
     network, images = small_autoencoder().eval(), torch.rand(2, 3, 32, 32)
-    for mask_ratio in (1.0, 1.5, -0.5):
+    for mask_ratio in (1.5, -0.5):
         with pytest.raises(ValueError, match=f"mask_ratio is {mask_ratio}"):
             random_masking(torch.rand(2, 16), mask_ratio)
     with pytest.raises(ValueError, match=r"not \(2, 4, 4\): flatten the grid"):

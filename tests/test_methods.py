@@ -219,7 +219,7 @@ def test_a_non_finite_term_stops_the_run_by_name(photos: Path, tmp_path: Path) -
         (("--r1-every", "0"), "--r1-every is 0: it must be above 0"),
         (("--decoder-heads", "0"), "--decoder-heads is 0: it must be above 0"),
         (("--decoder-dim", "30", "--decoder-heads", "2"), "--decoder-dim is 30: it must be a multiple of 4"),
-        (("--max-broken", "-1"), "--max-broken is -1: a share"),
+        (("--max-broken", "-1"), "--max-broken is -1.0: it must be a share"),
         (("--log-every", "-3"), "--log-every is -3: it must be at least 1"),
         (("--epoch-images", "8"), "--epoch-images is for streams"),
         (("--steps", "2", "--warmup", "0.8"), "--warmup 0.8: none of the 2 steps comes after it"),

@@ -580,7 +580,7 @@ def test_of_many_images_evenly_spaced_ones_are_kept() -> None:
         (("--knn-data", "{copy}"), "holds images of --data"),
         (("--knn-data", "{held_out}", "--knn-bank", "{held_out}"), "holds images of --knn-bank"),
         (("--knn-data", "{held_out}", "--knn-bank", "{photos}"), "do not hold the same classes"),
-        (("--knn-data", "{held_out}", "--knn-every", 0), "--knn-every is 0: it must be above 0"),
+        (("--knn-data", "{held_out}", "--knn-every", 0), "--knn-every is 0.0: it must be above 0"),
         (("--knn-bank", "{held_out}"), "--knn-bank holds neighbours of --knn-data"),
         (("--knn-data", "{held_out}", "--data", "hf-stream:webdataset:{tar}"), "--knn-every counts epochs"),
     ],
