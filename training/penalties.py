@@ -97,7 +97,8 @@ def penalise(
                     (found[penalty.name] * (penalty.every * scale / parts)).backward()
                 passes.append({name: value.detach() for name, value in found.items()})
             means = {name: torch.stack([found[name] for found in passes]).mean() for name in passes[0]}
-            measured |= {f"{key}/{penalty.name}": means.pop(penalty.name), **means}
+            measured[f"{key}/{penalty.name}"] = means.pop(penalty.name)
+            measured |= means
             mark(penalty.name)
     return measured
 
