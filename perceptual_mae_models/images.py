@@ -194,8 +194,9 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         ImageError: An entry does not exist or holds no image.
     """
     found: dict[str, Path] = {}
-    unread: list[Path] = []
+    left_out: list[Path] = []
     for entry in map(str, paths):
+        unread: list[Path] = []
         if os.path.lexists(entry):
             matches = _expand(Path(entry), unread, named=True)
         else:
@@ -208,7 +209,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         for file in matches:
             # Not Path.resolve: links to one file under several names are several images.
             found.setdefault(os.path.abspath(file), file)  # noqa: PTH100
-    warn_of_unread(unread)
+        left_out += unread
+    warn_of_unread(left_out)
     return list(found.values())
 
 

@@ -340,6 +340,9 @@ def test_photographs_that_pillow_does_not_read_are_counted(tmp_path: Path) -> No
     with pytest.raises(ImageError, match=r"no image in it; 3 photograph\(s\) are left out, .*1\.heic: convert them"):
         find_images([tmp_path])
     Image.new("RGB", (4, 4)).save(tmp_path / "5.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match=r"no image in it$"):  # and nothing of the other folder's
+        find_images([tmp_path, tmp_path / "empty"])
     with pytest.warns(UserWarning, match=r"^3 photograph\(s\) are left out"):
         assert find_images([tmp_path]) == [tmp_path / "5.jpg"]
     with pytest.warns(UserWarning, match=r"^3 photograph\(s\) are left out"):
