@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from .hub import HUB_ORGANISATION, WEIGHTS, fetch_weights
 from .pos_embed import build_2d_sincos_pos_embed
 from .unreadable import NOT_PUBLISHED, check_head, explain_unreadable_weights
-from .weights import checkpoint_filter_fn
+from .weights import checkpoint_filter_fn, trained_size
 
 __all__: list[str] = []  # a list because timm's `register_model` appends to it
 
@@ -167,6 +167,11 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
         # What is given by hand stands before the file in the package, which timm would read.
         cfg = replace(cfg, file=None)
         _exchange_cfg(kwargs, cfg)
+    if pretrained and cfg.file and "input_size" not in overlay:
+        size = trained_size(Path(cfg.file)) or cfg.input_size[-2:]
+        if size != cfg.input_size[-2:]:
+            cfg = replace(cfg, input_size=(cfg.input_size[0], *size))
+            _exchange_cfg(kwargs, cfg)
     # timm does this only for a fixed input size, which a saved dynamic_img_size model no longer declares.
     kwargs.setdefault("img_size", cfg.input_size[-2:])
     if kwargs.get("features_only"):

@@ -10,12 +10,15 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
@@ -37,12 +40,31 @@ _BODY_PARTS = frozenset({"patch_embed", "norm_pre", "blocks"})
 ENCODER_PARTS = _BODY_PARTS | _TOKEN_PARTS | HEAD_PARTS | {"norm"}
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
+_IMAGE_SIZE = "image_size"
 # Older timm adapts the first convolution from three channels only, and leaves it random otherwise.
 _TIMM_ADAPTS_ANY_CHANNELS = "base_chans" in inspect.signature(adapt_input_conv).parameters
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint was read, but it does not hold the encoder that it should."""
+
+
+def describe_size(encoder: Any) -> dict[str, str]:
+    """The entry of a weight file's metadata that says which images an encoder takes, if it takes no others."""
+    size = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+    return {_IMAGE_SIZE: "x".join(map(str, size))} if size else {}
+
+
+def trained_size(file: Path) -> tuple[int, int] | None:
+    """Height and width in pixels of the images that a file with `describe_size` was trained on; None: it has none."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            said = re.fullmatch(r"(\d+)x(\d+)", (opened.metadata() or {}).get(_IMAGE_SIZE, ""))
+    except SafetensorError:  # what is broken is told where it is loaded
+        return None
+    return (int(said[1]), int(said[2])) if said else None
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:

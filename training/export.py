@@ -134,18 +134,24 @@ def facts_of_run(
     """
     description = json.loads((run / "recipe.json").read_text())
     recipe, data = description["recipe"], description["data"]
+    size = recipe.get("img_size")
     if (built := recipe["model"].partition(".")[0]) != name.partition(".")[0]:
         raise ValueError(f"{name} is not a name for {run}, whose encoder is a {built}")
     if name not in list_encoders(tags=True):
         if not (repo and license_name and data_title):
             raise ValueError(f"{name} is a tag of your own, which needs --repo, --license and --data-title")
-        return facts_of_own(name, recipe["method"], repository=repo, license_name=license_name)
+        own = facts_of_own(name, recipe["method"], repository=repo, license_name=license_name)
+        return replace(own, input_size=(3, size, size)) if size else own
     if license_name or data_title:
         raise ValueError(f"--license and --data-title are for tags of your own: {name} says its own")
     method, _, images = name.partition(".")[2].rpartition("_")
     title, _, count = DATASETS[images]
     if recipe.get("init"):
         raise ValueError(f"{run} began with {recipe['init']}, which {name} does not say: choose a tag of your own")
+    if size not in (None, facts_of(name).input_size[-1]):
+        raise ValueError(
+            f"{run} learned from {size} x {size} pixels, which {name} does not say: choose a tag of your own"
+        )
     if recipe["method"] != method or data["images"] != count:
         seen = f"{data['images']} of" if data["images"] else "an unknown number of images of"
         raise ValueError(

@@ -29,6 +29,7 @@ import tyro
 from accelerate import Accelerator
 
 import perceptual_mae_models  # noqa: F401  (registers the encoders in timm)
+from perceptual_mae_models.weights import describe_size
 from training.config import Config, Estimate, Output, Runtime
 from training.cost import count_gflop, describe, matmul_peak
 from training.curves import save_curves
@@ -221,6 +222,7 @@ def create_record(
         draw=None if grid is None else functools.partial(grid.save, team.exported),
         measure=watch.measure,
         utilisation=peak_share(recipe, accelerator),
+        metadata=describe_size(team.network.encoder),
     )
 
 

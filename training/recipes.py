@@ -28,6 +28,9 @@ class Recipe:
     init: str | None = None
     """Weights that the encoder begins with: a tag of `pmae list`, a file or a run's folder. None: random ones; the
     decoder begins with random ones in any case."""
+    img_size: int | None = None
+    """Height and width in pixels of the crops that the encoder learns from, a multiple of its patches' size. None: what
+    the model is registered with."""
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder, in (0, 1)."""
 
@@ -80,6 +83,7 @@ class Recipe:
         """For each field that can be wrong: whether it is right, and what it must be."""
         pixels = self.reconstruction in ("l1", "l2")
         return {
+            "img_size": (self.img_size is None or self.img_size > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers of at least 0 and below 1"),
             "mask_ratio": (0 < self.mask_ratio < 1, "between 0 and 1"),

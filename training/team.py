@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,7 +27,7 @@ from training.phi import SnapshotPhi, TimmPhi, create_phi
 from training.recipes import AdversarialRecipe, Recipe
 from training.run.player import NonFiniteGuard, Player, avoid_slow_attention
 from training.run.seeding import derive_seed
-from training.weights import build_from_recipe
+from training.weights import build_from_recipe, build_random_encoder
 
 Pyramid = tuple[Tensor, ...]
 """The same images at every scale, fine to coarse: (N, 3, h, w) float32, [0, 1] where they are real."""
@@ -150,7 +151,12 @@ def create_encoder(recipe: Recipe) -> nn.Module:
         raise ValueError(f"--model is an architecture: give --model {architecture} --init {recipe.model}")
     if recipe.model not in known:
         raise ValueError(f"--model {recipe.model} is none that can be pretrained here: choose {', '.join(known)}")
-    return timm.create_model(recipe.model, pretrained=False, num_classes=0)
+    encoder: Any = build_random_encoder(recipe)
+    if recipe.img_size and recipe.img_size % (patch := encoder.patch_embed.patch_size[0]):
+        raise ValueError(
+            f"--img-size {recipe.img_size} is no multiple of {patch}, the size of {recipe.model}'s patches"
+        )
+    return encoder
 
 
 def create_team(recipe: Recipe, device: torch.device, *, encoder: nn.Module | None = None) -> Team:
@@ -192,7 +198,8 @@ def load_initial(team: Team) -> None:
         raise ValueError(f"--init {recipe.init} is neither a file nor a tag of --model {recipe.model}")
     check_model_name(name)
     try:
-        found = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        size = team.network.image_size  # positions of weights for another one are resampled
+        found = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, img_size=size)
     except (CheckpointError, WeightsUnavailableError) as error:
         raise ValueError(f"--init {recipe.init}: {error}") from error
     team.network.encoder.load_state_dict(found.state_dict())

@@ -12,6 +12,7 @@ from torch import nn
 from perceptual_mae_models import reconstruction
 from perceptual_mae_models.autoencoder import MaskedAutoencoder, build_autoencoder
 from perceptual_mae_models.convert import save_weights
+from perceptual_mae_models.weights import describe_size
 from training.recipes import Recipe, recipe_from_json
 
 
@@ -31,12 +32,22 @@ def build_from_recipe(encoder: nn.Module, recipe: Recipe) -> MaskedAutoencoder:
     )
 
 
+def build_random_encoder(recipe: Recipe) -> nn.Module:
+    """The recipe's encoder, for images of the recipe's size."""
+    size = {"input_size": (3, recipe.img_size, recipe.img_size)} if recipe.img_size else {}
+    return timm.create_model(recipe.model, pretrained=False, num_classes=0, pretrained_cfg_overlay=size)
+
+
 def save_run_weights(out: Path, network: MaskedAutoencoder, recipe: Recipe, progress: dict[str, Any]) -> None:
     """Write `encoder.safetensors` and `decoder.safetensors` into a run folder.
 
     Both carry the recipe in their metadata: the decoder is rebuilt from its file alone.
     """
-    metadata = {"recipe": json.dumps(dataclasses.asdict(recipe)), "progress": json.dumps(progress)}
+    metadata = {
+        "recipe": json.dumps(dataclasses.asdict(recipe)),
+        "progress": json.dumps(progress),
+        **describe_size(network.encoder),
+    }
     save_weights(out / "encoder.safetensors", network.encoder.state_dict(), metadata)
     save_weights(out / "decoder.safetensors", network.decoder.state_dict(), metadata)
 
@@ -61,7 +72,7 @@ def open_run(folder: Path) -> tuple[MaskedAutoencoder, Recipe]:
     for file in (encoder_file, decoder_file):
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file; a run writes it at its end")
-    encoder = timm.create_model(read_recipe(decoder_file).model, pretrained=False, num_classes=0)
+    encoder = build_random_encoder(read_recipe(decoder_file))
     encoder.load_state_dict(load_file(encoder_file))
     return load_autoencoder(encoder, decoder_file)
 

@@ -43,6 +43,9 @@ def build_encoder(name: str, *, seed: int = 0, img_size: tuple[int, int] | None 
             model: Any = timm.create_model(name.partition("@")[0], pretrained=False, **build)
     except TypeError as error:
         raise ValueError(f"timm cannot build {name} with {build}: {error}") from error
+    trained_for = getattr(getattr(extractor.model, "patch_embed", None), "img_size", None)
+    if trained_for and model.patch_embed.img_size != trained_for:
+        model.set_input_size(img_size=trained_for)
     state = _fitted(extractor.model.state_dict(), model)
     missing, unexpected = model.load_state_dict(state, strict=False)
     heads = tuple(f"{head}." for head in _names(model.pretrained_cfg.get("classifier")))

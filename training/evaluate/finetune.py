@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, default_collate
 
 from perceptual_mae_models.convert import save_weights
 from perceptual_mae_models.images import ImageError
+from perceptual_mae_models.weights import describe_size
 from training.data.images import ImageSource
 from training.data.sampler import ImageKey
 from training.evaluate.encoders import build_encoder
@@ -175,11 +176,12 @@ def classify(network: nn.Module, source: ImageSource, place: Place) -> Tensor:
 
 def save_classifier(out: Path, network: Any, classes: list[str]) -> None:
     """Write `classifier.safetensors`, and of an encoder that has no head by itself `encoder.safetensors`."""
-    save_weights(out / CLASSIFIER, network.state_dict(), {"classes": json.dumps(classes)})
+    size = describe_size(network)
+    save_weights(out / CLASSIFIER, network.state_dict(), {"classes": json.dumps(classes), **size})
     if network.pretrained_cfg.get("num_classes") == 0:
         state = {key: value for key, value in network.state_dict().items() if not key.startswith("head.")}
         state = {key.replace("fc_norm.", "norm.", 1): value for key, value in state.items()}
-        save_weights(out / "encoder.safetensors", state, {})
+        save_weights(out / "encoder.safetensors", state, size)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ def open_embedded_weights(name: str) -> Weights | None:
 def build_config(cfg: PretrainedCfg) -> dict[str, Any]:
     """`config.json` of a tag, as timm writes it, under timm's own architecture name."""
     architecture, model_args = TIMM_TWINS[str(cfg.architecture)]
+    if cfg.input_size != facts_of(str(cfg.architecture)).input_size:
+        model_args = {**model_args, "img_size": cfg.input_size[-1]}
     with torch.device("meta"):
         with_sizes = timm.create_model(architecture, num_classes=0, **model_args)
     kept = ("tag", "fixed_input_size", "crop_pct", "interpolation", "first_conv", "classifier", "license", "paper_ids")

@@ -29,7 +29,12 @@ def ssim_l1(pred: Tensor, target: Tensor, *, num_scales: int = 4, ssim_weight: f
 
     Returns:
         A float32 scalar, at least 0.
+
+    Raises:
+        ValueError: If the images are smaller.
     """
+    if min(target.shape[-2:]) < (least := 3 * 2 ** (num_scales - 1)):
+        raise ValueError(f"SSIM over {num_scales} scales needs images of at least {least} pixels a side")
     with torch.autocast(pred.device.type, enabled=False):
         pred, target = pred.float(), target.float()
         losses = []

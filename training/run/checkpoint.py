@@ -32,6 +32,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     *,
     keep: int,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """Write a checkpoint atomically, then delete the oldest beyond `keep`.
 
@@ -41,6 +42,7 @@ def save_checkpoint(
         optimizers: Saved as `<name>.pt`.
         progress: JSON-able; what else the run has to remember, with `step`, the optimiser steps done.
         keep: Checkpoints to leave, at least 1.
+        metadata: What the modules' files say of themselves.
 
     Returns:
         The checkpoint's folder.
@@ -50,7 +52,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, module in modules.items():
-        (partial / f"{name}.safetensors").write_bytes(save(module.state_dict()))
+        (partial / f"{name}.safetensors").write_bytes(save(module.state_dict(), metadata))
     for name, optimizer in optimizers.items():
         torch.save(optimizer.state_dict(), partial / f"{name}.pt")
     (partial / "progress.json").write_text(json.dumps(progress, indent=2))

@@ -48,6 +48,7 @@ class RunRecord:
             does must leave the run as it is. None: there are none.
         utilisation: Share of the processors' matrix-product peak that one image a second uses in a given step, the
             first being 0; None: not known.
+        metadata: What a checkpoint's weights say of themselves.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class RunRecord:
         draw: Callable[[Path], None] | None = None,
         measure: Callable[[], dict[str, float]] | None = None,
         utilisation: Callable[[int], float] | None = None,
+        metadata: dict[str, str] | None = None,
     ) -> None:
         self.out, self.accelerator = out, accelerator
         self.modules, self.optimizers = modules, optimizers
         self.total_steps, self.batch_size = total_steps, batch_size
         self.intervals, self.keep, self.max_broken, self.draw = intervals, keep, max_broken, draw
-        self.advice = advice
+        self.advice, self.metadata = advice, metadata
         self.clock, self.measure, self.utilisation = clock, measure, utilisation
         self.step: int = progress["step"]
         self.broken: float = progress["broken"]
@@ -187,7 +189,14 @@ class RunRecord:
     def _save(self) -> None:
         self.saved = self.step
         if self.accelerator.is_main_process:
-            save_checkpoint(self.out / "checkpoints", self.modules, self.optimizers, self.progress, keep=self.keep)
+            save_checkpoint(
+                self.out / "checkpoints",
+                self.modules,
+                self.optimizers,
+                self.progress,
+                keep=self.keep,
+                metadata=self.metadata,
+            )
 
 
 def _due(step: int, interval: int) -> bool:
