@@ -30,8 +30,10 @@ from perceptual_mae_models.weights import (
     CheckpointError,
     advise_pooling,
     checkpoint_filter_fn,
+    describe_size,
     shorten,
     split_wrappers,
+    trained_size,
 )
 
 Precision = Literal["float32", "float16"]
@@ -111,9 +113,11 @@ def convert_encoder(
     }
     shapes = _encoder_shapes(source, tensors)
     _check_kind(source, tensors)
-    architecture = _check_architecture(model) if model else _infer_architecture(set(shapes.values()))
-    encoder = _build_on_meta(architecture)
-    fitted = checkpoint_filter_fn(tensors, encoder)
+    size = trained_size(source.file)
+    registered = registered_shapes(size)
+    architecture = _check_architecture(model) if model else _infer_architecture(set(shapes.values()), registered)
+    encoder = _build_on_meta(architecture, size)
+    fitted = checkpoint_filter_fn(tensors, encoder, size)
     # The filter may choose between averaged and plain weights; it hands most tensors on as they are.
     place = next(
         place
@@ -123,16 +127,15 @@ def convert_encoder(
     )
     taken = {f"{place}{name}" for name in fitted}
     notes = compare_facts(source, encoder)
-    registered = registered_shapes()[architecture]
-    if shapes[place] != registered:
-        notes.append(f"resampled from {shapes[place]} to {registered}")
+    if shapes[place] != registered[architecture]:
+        notes.append(f"resampled from {shapes[place]} to {registered[architecture]}")
     if len(shapes) > 1:
         others = ", ".join(sorted(_name_place(other) for other in shapes if other != place))
         notes.append(f"the encoder at {_name_place(place)} was taken, not the one at {others}")
     return Conversion(
         architecture,
         cast_tensors(fitted, dtype),
-        describe_source(source, architecture),
+        {**describe_source(source, architecture), **(describe_size(encoder) if size else {})},
         place,
         sum(len(source.origins[name]) for name in taken),
         _account(source, tensors, taken, place, architecture),
@@ -141,11 +144,11 @@ def convert_encoder(
 
 
 @cache
-def registered_shapes() -> dict[str, EncoderShape]:
-    """The shapes of this package's models, by their names."""
+def registered_shapes(size: tuple[int, int] | None = None) -> dict[str, EncoderShape]:
+    """The shapes of this package's models, by their names; `size`: for images of another height and width."""
     shapes = {}
     for name in list_encoders():
-        encoder = _build_on_meta(name)
+        encoder = _build_on_meta(name, size)
         tokens = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
         shapes[name] = EncoderShape(encoder.embed_dim, len(encoder.blocks), encoder.patch_embed.patch_size[0], tokens)
     return shapes
@@ -175,10 +178,10 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 @cache
-def _build_on_meta(architecture: str) -> Any:
+def _build_on_meta(architecture: str, size: tuple[int, int] | None = None) -> Any:
     """Only shapes and facts of a model are needed, and to draw the weights of a large one takes seconds."""
     with torch.device("meta"):
-        return timm.create_model(architecture, pretrained=False)
+        return timm.create_model(architecture, pretrained=False, img_size=size)
 
 
 def _encoder_shapes(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, EncoderShape]:
@@ -232,24 +235,24 @@ def _check_architecture(model: str) -> str:
     return architecture
 
 
-def _infer_architecture(shapes: set[EncoderShape]) -> str:
+def _infer_architecture(shapes: set[EncoderShape], registered: Mapping[str, EncoderShape]) -> str:
     """Choose the one registered model that has these shapes."""
     if len(shapes) > 1:
         found = "; ".join(sorted(map(str, shapes)))
         raise ValueError(f"the checkpoint holds encoders of different shapes ({found}): say --model NAME")
     (shape,) = shapes
-    matches = [name for name, registered in registered_shapes().items() if registered == shape]
+    matches = [name for name, known in registered.items() if known == shape]
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise ValueError(f"{' and '.join(matches)} have the checkpoint's shapes ({shape}): say --model NAME")
-    near = [name for name, registered in registered_shapes().items() if registered[:2] == shape[:2]]
+    near = [name for name, known in registered.items() if known[:2] == shape[:2]]
     if near:
         raise ValueError(
             f"no model has the checkpoint's shapes ({shape}); --model {near[0]} resamples its positions and patches to"
-            f" {registered_shapes()[near[0]]}"
+            f" {registered[near[0]]}"
         )
-    models = "; ".join(f"{name}: {registered}" for name, registered in registered_shapes().items())
+    models = "; ".join(f"{name}: {known}" for name, known in registered.items())
     raise ValueError(f"no model has the checkpoint's shapes ({shape}). There are {models}")
 
 

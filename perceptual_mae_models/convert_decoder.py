@@ -10,7 +10,7 @@ from torch import Tensor
 from perceptual_mae_models.convert import Conversion, Precision, cast_tensors, registered_shapes
 from perceptual_mae_models.convert_sources import Source, describe_source
 from perceptual_mae_models.decoder import Decoder
-from perceptual_mae_models.weights import CheckpointError, shorten
+from perceptual_mae_models.weights import CheckpointError, shorten, trained_size
 
 _OUR_NAMES = {
     "mask_token": "mask_token",
@@ -55,7 +55,7 @@ def convert_decoder(
     """
     place = _find_decoder(source.tensors, conversion.place)
     tensors = _rename(source, place)
-    shape = registered_shapes()[conversion.architecture]
+    shape = registered_shapes(trained_size(source.file))[conversion.architecture]
     side = math.isqrt(shape.tokens - 1)  # one class token and a square grid, as all models of this package have
     dim = tensors["embed.weight"].shape[0]
     heads = heads or source.facts.get("decoder_num_attention_heads") or (_MAE_HEADS if dim == _MAE_DIM else None)

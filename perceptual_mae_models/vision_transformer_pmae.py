@@ -11,7 +11,9 @@ a default that cannot be loaded would serve nobody.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +169,6 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
         # What is given by hand stands before the file in the package, which timm would read.
         cfg = replace(cfg, file=None)
         _exchange_cfg(kwargs, cfg)
-    if pretrained and cfg.file and "input_size" not in overlay:
-        size = trained_size(Path(cfg.file)) or cfg.input_size[-2:]
-        if size != cfg.input_size[-2:]:
-            cfg = replace(cfg, input_size=(cfg.input_size[0], *size))
-            _exchange_cfg(kwargs, cfg)
-    # timm does this only for a fixed input size, which a saved dynamic_img_size model no longer declares.
-    kwargs.setdefault("img_size", cfg.input_size[-2:])
     if kwargs.get("features_only"):
         # timm cuts the head off a feature extractor, but would first demand its tensors from the checkpoint.
         kwargs["num_classes"] = 0
@@ -184,21 +179,25 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
     feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
     with explain_unreadable_weights(cfg):
         from_hub = pretrained and _reads_the_hub(cfg)
+        size = None
         if from_hub:
             # We fetch the file, because timm would load whatever comes.
-            file = str(fetch_weights(cfg, kwargs.get("cache_dir")))
-            _exchange_cfg(kwargs, replace(cfg, file=file, source="file"))
-            check_head(Path(file))
+            file = fetch_weights(cfg, kwargs.get("cache_dir"))
+            size = _size_of_images(file)
+            _exchange_cfg(kwargs, replace(_sized(cfg, size, overlay), file=str(file), source="file"))
         elif pretrained and cfg.file and Path(cfg.file).is_file():
-            check_head(Path(cfg.file))
+            size = _size_of_images(Path(cfg.file))
+            _exchange_cfg(kwargs, _sized(cfg, size, overlay))
         elif pretrained and cfg.url:
             # timm would pass over an address given by hand, for the repository of the tag.
             _exchange_cfg(kwargs, replace(cfg, hf_hub_id=None))
+        # timm does this only for a fixed input size, which a saved dynamic_img_size model no longer declares.
+        kwargs.setdefault("img_size", _sized(cfg, size, overlay).input_size[-2:])
         model: VisionTransformer = build_model_with_cfg(
             _vision_transformer,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=partial(checkpoint_filter_fn, trained_for=size),
             feature_cfg=feature_cfg,
             **kwargs,
         )
@@ -213,6 +212,18 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
 def _exchange_cfg(kwargs: dict[str, Any], cfg: PretrainedCfg) -> None:
     kwargs.pop("pretrained_cfg_overlay", None)
     kwargs["pretrained_cfg"] = cfg
+
+
+def _size_of_images(file: Path) -> tuple[int, int] | None:
+    check_head(file)
+    return trained_size(file)
+
+
+def _sized(cfg: PretrainedCfg, size: tuple[int, int] | None, overlay: Mapping[str, Any]) -> PretrainedCfg:
+    """A configuration with the size of images that a weight file says, where the call says none."""
+    registered: Any = get_pretrained_cfg(str(cfg.architecture))
+    said = "input_size" in overlay or cfg.input_size[-2:] != registered.input_size[-2:]
+    return cfg if said or size is None else replace(cfg, input_size=(cfg.input_size[0], *size))
 
 
 def _reads_the_hub(cfg: PretrainedCfg) -> bool:

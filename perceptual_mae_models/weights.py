@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
@@ -50,24 +50,28 @@ class CheckpointError(RuntimeError):
 
 
 def describe_size(encoder: Any) -> dict[str, str]:
-    """The entry of a weight file's metadata that says which images an encoder takes, if it takes no others."""
+    """The entry of a weight file's metadata that says which images an encoder is built for; `trained_size` reads it."""
     size = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
     return {_IMAGE_SIZE: "x".join(map(str, size))} if size else {}
 
 
 def trained_size(file: Path) -> tuple[int, int] | None:
-    """Height and width in pixels of the images that a file with `describe_size` was trained on; None: it has none."""
-    if file.suffix != ".safetensors" or not file.is_file():
+    """Height and width in pixels that `describe_size` wrote into a weight file; None where it is of another origin.
+
+    Raises:
+        OSError: If the file cannot be read.
+        SafetensorError: If it is broken.
+    """
+    if file.suffix != ".safetensors":
         return None
-    try:
-        with safe_open(file, framework="pt") as opened:
-            said = re.fullmatch(r"(\d+)x(\d+)", (opened.metadata() or {}).get(_IMAGE_SIZE, ""))
-    except SafetensorError:  # what is broken is told where it is loaded
-        return None
+    with safe_open(file, framework="pt") as opened:
+        said = re.fullmatch(r"(\d+)x(\d+)", (opened.metadata() or {}).get(_IMAGE_SIZE, ""))
     return (int(said[1]), int(said[2])) if said else None
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
+def checkpoint_filter_fn(
+    state_dict: Mapping[str, Any], model: VisionTransformer, trained_for: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """Find the encoder in a checkpoint and fit it to the model, all of it or with an error.
 
     Containers and prefixes (`state_dict`, `model`, `model_ema`, `module.`, `_orig_mod.`, `generator.`, `encoder.`, …,
@@ -81,6 +85,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer
     Args:
         state_dict: A checkpoint: tensors by name, wrapped or not.
         model: The model to load into. Only its head is written to.
+        trained_for: Height and width in pixels of the images that the checkpoint learned from, where it says so; by
+            default the pretrained cfg's, if they fit the number of its positions.
 
     Returns:
         Tensors by the model's own names, ready for `model.load_state_dict`; only the input channels of the patch
@@ -94,7 +100,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer
     _check_shapes(tensors, model, wanted)
     encoder = {name: tensor for name, tensor in tensors.items() if name in wanted}
     if model.pos_embed is not None:
-        encoder.update(_fit_position_embedding(tensors, model))
+        encoder.update(_fit_position_embedding(tensors, model, trained_for))
     if model.reg_token is not None and "reg_token" not in tensors:
         _logger.warning("The checkpoint has no register tokens: they keep their initial value.")
         encoder.setdefault("reg_token", model.reg_token.detach())
@@ -195,7 +201,9 @@ def _check_shapes(tensors: Mapping[str, Tensor], model: VisionTransformer, wante
         )
 
 
-def _fit_position_embedding(tensors: Mapping[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
+def _fit_position_embedding(
+    tensors: Mapping[str, Tensor], model: VisionTransformer, trained_for: tuple[int, int] | None
+) -> dict[str, Tensor]:
     """Bring the position embedding to the model's grid and prefix tokens.
 
     Returns:
@@ -203,7 +211,7 @@ def _fit_position_embedding(tensors: Mapping[str, Tensor], model: VisionTransfor
         the checkpoint's rows added to them, which computes the same.
     """
     source = tensors["pos_embed"]
-    num_prefix, grid = _position_layout(tensors, model)
+    num_prefix, grid = _position_layout(tensors, model, trained_for)
     rows, patches = source[:, :num_prefix], source[:, num_prefix:]
     new_grid = tuple(model.patch_embed.grid_size)
     if grid != new_grid:
@@ -224,21 +232,23 @@ def _fit_position_embedding(tensors: Mapping[str, Tensor], model: VisionTransfor
     return {"pos_embed": patches, **tokens}
 
 
-def _position_layout(tensors: Mapping[str, Tensor], model: VisionTransformer) -> tuple[int, tuple[int, int]]:
+def _position_layout(
+    tensors: Mapping[str, Tensor], model: VisionTransformer, trained_for: tuple[int, int] | None
+) -> tuple[int, tuple[int, int]]:
     """Tell how many rows of the checkpoint's position embedding are prefix tokens, and the grid of the others.
 
-    A checkpoint does not say so. The grid of the pretrained cfg is tried first, then the model's own, then a square;
-    prefix rows are either all there or (`no_embed_class`) none.
+    Few checkpoints say so. Of others the grid of the pretrained cfg is tried first, then the model's own, then a
+    square; prefix rows are either all there or (`no_embed_class`) none.
     """
     length = tensors["pos_embed"].shape[1]
     num_tokens = sum(tensors[name].shape[1] for name in ("cls_token", "reg_token") if name in tensors)
-    height, width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
+    height, width = trained_for or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[-2:]
     patch_height, patch_width = tensors[PATCH_WEIGHT].shape[-2:]
     declared, own = (height // patch_height, width // patch_width), tuple(model.patch_embed.grid_size)
     for rows, columns in (declared, own):
         for num_prefix in (num_tokens, 0):
             if rows * columns == length - num_prefix:
-                if declared != own and math.prod(own) == math.prod(declared):
+                if trained_for is None and declared != own and math.prod(own) == math.prod(declared):
                     warnings.warn(
                         f"positions of {rows * columns} patches are taken for {rows} x {columns} of them, as the"
                         f" pretrained cfg declares, not for {own[0]} x {own[1]}: if they are the latter, say so with"

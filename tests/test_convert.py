@@ -556,7 +556,7 @@ def test_registered_shapes_tell_models_apart(monkeypatch, tmp_path):
     shapes = registered_shapes()
     assert shapes["vit_huge_patch14_pmae"] == EncoderShape(1280, 32, 14, 257)
     assert len(set(shapes.values())) == len(shapes)
-    monkeypatch.setattr(convert, "registered_shapes", lambda: {**shapes, "twin": shapes[PICO]})
+    monkeypatch.setattr(convert, "registered_shapes", lambda _: {**shapes, "twin": shapes[PICO]})
     with pytest.raises(ValueError, match=rf"{PICO} and twin have the checkpoint's shapes .*say --model NAME"):
         convert_tree(encoder_state(), tmp_path)
 

@@ -6,8 +6,8 @@
     python training/export.py vit_pico_patch8_pmae.mae_imagenette   # the same of weights that are in the package
     python training/export.py RUN … --layout package --to perceptual_mae_models/pretrained
 
-A name of `pmae list` says what weights are: architecture, method and images must be the run's. Any other tag is your
-own, and what it says comes with it.
+A name of `pmae list` says what weights are: architecture, image size, method and images must be the run's. Any other
+tag is your own, and what it says comes with it.
 
 Files go to exports/NAME/, from where `training/publish.py` uploads them; `--results imagenette/results.json …`
 records figures of `training/evaluate.py`.

@@ -26,11 +26,12 @@ class Recipe:
     model: str = "vit_base_patch16_pmae"
     """Encoder to pretrain, an architecture name of `pmae list`."""
     init: str | None = None
-    """Weights that the encoder begins with: a tag of `pmae list`, a file or a run's folder. None: random ones; the
-    decoder begins with random ones in any case."""
+    """Weights that the encoder begins with: a tag of `pmae list`, a file or a run's folder, resampled where they are
+    for images of another size. None: random ones; the decoder begins with random ones in any case."""
     img_size: int | None = None
-    """Height and width in pixels of the crops that the encoder learns from, a multiple of its patches' size. None: what
-    the model is registered with."""
+    """Height and width in pixels of the crops that the encoder learns from, a multiple of its patches' size (of four
+    times that for several scales, whose discriminator halves its maps as long as it can). None: what the model is
+    registered with."""
     mask_ratio: float = 0.75
     """Share of patches hidden from the encoder, in (0, 1)."""
 

@@ -34,8 +34,7 @@ def build_from_recipe(encoder: nn.Module, recipe: Recipe) -> MaskedAutoencoder:
 
 def build_random_encoder(recipe: Recipe) -> nn.Module:
     """The recipe's encoder, for images of the recipe's size."""
-    size = {"input_size": (3, recipe.img_size, recipe.img_size)} if recipe.img_size else {}
-    return timm.create_model(recipe.model, pretrained=False, num_classes=0, pretrained_cfg_overlay=size)
+    return timm.create_model(recipe.model, pretrained=False, num_classes=0, img_size=recipe.img_size)
 
 
 def save_run_weights(out: Path, network: MaskedAutoencoder, recipe: Recipe, progress: dict[str, Any]) -> None:

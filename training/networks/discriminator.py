@@ -121,7 +121,7 @@ class SingleScaleDiscriminator(nn.Module):
     """Four strided convolutions in the manner of DCGAN (Radford et al. 2016); each gives a feature map.
 
     Args:
-        image_size: Height and width, multiples of 16.
+        image_size: Height and width, at least 16.
         width: Channels of the first stage; the others have 2, 4 and 8 times as many.
     """
 

@@ -52,7 +52,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, module in modules.items():
-        (partial / f"{name}.safetensors").write_bytes(save(module.state_dict(), metadata))
+        (partial / f"{name}.safetensors").write_bytes(save(module.state_dict(), {"format": "pt", **(metadata or {})}))
     for name, optimizer in optimizers.items():
         torch.save(optimizer.state_dict(), partial / f"{name}.pt")
     (partial / "progress.json").write_text(json.dumps(progress, indent=2))
