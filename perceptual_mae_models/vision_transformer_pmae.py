@@ -57,7 +57,7 @@ _PAPER_OF_METHOD = {
     "mae": _MAE_PAPER,
 }
 # The first is the default: what `training/miniature` chose, once all five have been judged.
-_EMBEDDED_METHODS = ("mae",)
+_EMBEDDED_METHODS = ("mae", "ls_gan_p")
 _COMMON_FACTS = {
     "num_classes": 0,
     "pool_size": None,
