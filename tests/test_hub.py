@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from perceptual_mae_models import CheckpointError, WeightsUnavailableError, cli, hub
 from perceptual_mae_models.hub import Publication
 
-TAG = "vit_pico_patch8_pmae.ms_ssim_imagenette"
+TAG, OTHER = "vit_tiny_patch16_pmae.ms_ssim_in1k", "vit_base_patch16_pmae.ls_gan_p_in1k"  # none in the package
 NAME = f"perceptual-mae/{TAG}"
 
 
@@ -51,7 +51,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
-    return dict(timm.create_model("vit_pico_patch8_pmae").state_dict())
+    return dict(timm.create_model("vit_tiny_patch16_pmae").state_dict())
 
 
 def as_files(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
@@ -214,7 +214,8 @@ def test_a_repository_without_safetensors_loads_and_what_is_none_names_no_source
 ) -> None:
     pickled = io.BytesIO()
     torch.save(state, pickled)
-    config = {"architecture": "vit_pico_patch8_pmae", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    sized = {"num_classes": 0, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    config = {"architecture": "vit_tiny_patch16_pmae", **sized}
     server.repos["someone/old"] = Repo()
     files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": pickled.getvalue()}
     server.repos["someone/old"].commit(files)
@@ -268,9 +269,9 @@ def test_a_transfer_that_breaks_off_is_taken_up_again(
 
 
 def test_a_missing_repository_and_a_missing_file_are_told_apart(server: Hub, published: Repo) -> None:
-    message = refused(WeightsUnavailableError, TAG.replace("ms_ssim", "ls_gan_p"))
+    message = refused(WeightsUnavailableError, OTHER)
     first, *_ = message.splitlines()
-    assert "ls_gan_p_imagenette are not published yet. These can be had today: vit_pico_patch8_pmae.mae_imag" in first
+    assert f"{OTHER} are not published yet. These can be had today: vit_base_patch16_pmae.fb_mae" in first
     assert "pretrain.py ls_gan_p --data" in message
     for files in published.commits.values():
         files.pop("model.safetensors")
@@ -288,7 +289,7 @@ def test_a_gated_or_private_repository_names_the_login(published: Repo, monkeypa
 
 
 def test_weights_of_another_architecture_are_refused(published: Repo) -> None:
-    other = timm.create_model("vit_pico_patch8_pmae", depth=2).state_dict()
+    other = timm.create_model("vit_tiny_patch16_pmae", depth=2).state_dict()
     published.commit(as_files(dict(other)))
     assert "missing" in refused(CheckpointError)
 
@@ -312,7 +313,7 @@ def test_a_hub_that_does_not_answer_is_told_or_the_cache_used(
     server.shutdown()
     server.server_close()
     assert_loaded(state)
-    message = refused(WeightsUnavailableError, TAG.replace("ms_ssim", "ls_gan_p"))
+    message = refused(WeightsUnavailableError, OTHER)
     assert "outgoing traffic has been disabled" not in message
 
 
