@@ -179,20 +179,23 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
     feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
     with explain_unreadable_weights(cfg):
         from_hub = pretrained and _reads_the_hub(cfg)
-        size = None
+        file = None
         if from_hub:
             # We fetch the file, because timm would load whatever comes.
             file = fetch_weights(cfg, kwargs.get("cache_dir"))
-            size = _size_of_images(file)
-            _exchange_cfg(kwargs, replace(_sized(cfg, size, overlay), file=str(file), source="file"))
         elif pretrained and cfg.file and Path(cfg.file).is_file():
-            size = _size_of_images(Path(cfg.file))
-            _exchange_cfg(kwargs, _sized(cfg, size, overlay))
+            file = Path(cfg.file)
         elif pretrained and cfg.url:
             # timm would pass over an address given by hand, for the repository of the tag.
             _exchange_cfg(kwargs, replace(cfg, hf_hub_id=None))
+        size, sized = None, cfg
+        if file:
+            check_head(file)
+            size = trained_size(file)
+            sized = _sized(cfg, size, overlay)
+            _exchange_cfg(kwargs, replace(sized, file=str(file), source="file") if from_hub else sized)
         # timm does this only for a fixed input size, which a saved dynamic_img_size model no longer declares.
-        kwargs.setdefault("img_size", _sized(cfg, size, overlay).input_size[-2:])
+        kwargs.setdefault("img_size", sized.input_size[-2:])
         model: VisionTransformer = build_model_with_cfg(
             _vision_transformer,
             variant,
@@ -212,11 +215,6 @@ def _create_encoder(variant: str, pretrained: bool, **kwargs: Any) -> VisionTran
 def _exchange_cfg(kwargs: dict[str, Any], cfg: PretrainedCfg) -> None:
     kwargs.pop("pretrained_cfg_overlay", None)
     kwargs["pretrained_cfg"] = cfg
-
-
-def _size_of_images(file: Path) -> tuple[int, int] | None:
-    check_head(file)
-    return trained_size(file)
 
 
 def _sized(cfg: PretrainedCfg, size: tuple[int, int] | None, overlay: Mapping[str, Any]) -> PretrainedCfg:
